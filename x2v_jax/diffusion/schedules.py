@@ -1,0 +1,113 @@
+"""Noise levels as numbers on the host: which sigma each step starts from. No jax import, so bad values are named fast.
+
+sigma runs from 1 (noise) to 0 (clean); the network sees timestep = 1000 * sigma.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from x2v_jax.errors import UserError
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+T = TypeVar("T")
+
+
+def shift_sigma(sigma: T, shift: float) -> T:
+    """Moves sigma towards noise: shift * sigma / (1 + (shift - 1) * sigma). Keeps 0 and 1; shift 1 changes nothing.
+
+    Larger pictures need a larger shift, because neighbouring pixels average noise away (Esser et al., arXiv:2403.03206).
+    Takes floats, numpy and jax arrays.
+    """
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)  # pyright: ignore[reportOperatorIssue]
+
+
+def timestep_from_sigma(sigma: T) -> T:
+    """1000 * sigma, not rounded."""
+    return NUM_TRAIN_TIMESTEPS * sigma  # pyright: ignore[reportOperatorIssue, reportReturnType]
+
+
+def check_shift(shift: float) -> float:
+    """Returns `shift` if it is a positive finite number.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _is_number(shift) or not shift > 0:
+        raise UserError(f"shift is {shift!r}; give a number above 0 (Wan2.1 uses 3 to 8, and 1 shifts nothing)")
+    return float(shift)
+
+
+def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, warp: bool = True) -> np.ndarray:
+    """The sigmas that a step-distilled model was trained at.
+
+    Args:
+        denoising_step_list: falling timesteps, above 0 and at most 1000, e.g. (1000, 750, 500, 250).
+        shift: the time shift of the training.
+        warp: whether the list is still to be shifted. Lists of step distillation are; CausVid's (999, 934, 862, ...)
+            were written down after the shift, and shifting them twice would end the sampling at sigma 0.39.
+
+    Returns:
+        float32 [S], falling. Timesteps are 1000 * sigma and are not rounded: 833.3333 for 500 at shift 5.
+
+    Raises:
+        UserError: the list is empty, holds something that is no timestep, or does not fall.
+    """
+    shift = check_shift(shift)
+    if isinstance(denoising_step_list, str) or not isinstance(denoising_step_list, Sequence | np.ndarray):
+        raise UserError(
+            f"denoising_step_list is {denoising_step_list!r}; give a list of timesteps such as (1000, 750, 500, 250)"
+        )
+    steps = list(denoising_step_list)
+    if not steps:
+        raise UserError("denoising_step_list is empty; give at least one timestep, e.g. (1000, 750, 500, 250)")
+    for value in steps:
+        if not _is_number(value) or not 0 < value <= NUM_TRAIN_TIMESTEPS:
+            raise UserError(f"denoising_step_list holds {value!r}; each timestep is a number above 0 and at most 1000")
+    for before, after in zip(steps[:-1], steps[1:], strict=True):
+        if not after < before:
+            raise UserError(
+                f"denoising_step_list has {after!r} after {before!r}; timesteps must fall from noise (1000) towards 0"
+            )
+    sigmas = np.asarray(steps, np.float64) / NUM_TRAIN_TIMESTEPS
+    return _distinct(shift_sigma(sigmas, shift) if warp else sigmas, "denoising_step_list", steps)
+
+
+def unipc_sigmas(num_steps: int, shift: float) -> np.ndarray:
+    """The sigmas of Wan2.1's UniPC sampling: evenly spaced over the training range, then shifted, then 0.
+
+    Source: wan/utils/fm_solvers_unipc.py of Wan2.1, `set_timesteps`.
+
+    Returns:
+        float32 [num_steps + 1], falling from just below 1 to exactly 0.
+
+    Raises:
+        UserError: num_steps is not in 1..1000, or the shift leaves no distinct noise levels.
+    """
+    shift = check_shift(shift)
+    if isinstance(num_steps, bool) or not isinstance(num_steps, numbers.Integral):
+        raise UserError(f"num_inference_steps is {num_steps!r}; give a whole number from 1 to {NUM_TRAIN_TIMESTEPS}")
+    if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
+        raise UserError(f"num_inference_steps is {num_steps}; give a whole number from 1 to {NUM_TRAIN_TIMESTEPS}")
+    # The published table of training sigmas is float32, so its largest entry is float32's 0.999.
+    largest = float(np.float32(1.0 - 1.0 / NUM_TRAIN_TIMESTEPS))
+    sigmas = shift_sigma(np.linspace(largest, 0.0, int(num_steps) + 1), shift)
+    sigmas = _distinct(sigmas, "shift", shift)
+    if sigmas[0] >= 1.0:  # log(1 - sigma) enters the coefficients
+        raise UserError(f"shift is {shift:g}; that leaves no signal at the first step, give less (Wan2.1 uses 3 to 8)")
+    return sigmas
+
+
+def _distinct(sigmas: np.ndarray, field: str, value: object) -> np.ndarray:
+    rounded = sigmas.astype(np.float32)
+    if not (np.diff(rounded) < 0).all():
+        raise UserError(f"{field} is {value!r}; two steps get the same noise level in float32, spread them or shift less")
+    return rounded
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

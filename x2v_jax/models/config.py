@@ -1,0 +1,168 @@
+"""Sizes of the networks: frozen dataclasses with the published presets. No jax import, so error messages come fast."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from x2v_jax.errors import UserError
+
+
+class _FromDict:
+    """Reads and writes the dataclass as plain JSON values."""
+
+    _ALIASES: Mapping[str, str] = {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the config from JSON values. Unknown keys are ignored: published config.json files carry many others.
+
+        Raises:
+            UserError: a required size is missing.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        known = {}
+        for key, value in values.items():
+            name = cls._ALIASES.get(key, key)
+            if name in fields:
+                known[name] = tuple(value) if isinstance(value, list) else value
+        missing = [n for n, f in fields.items() if n not in known and f.default is dataclasses.MISSING]
+        if missing:
+            raise UserError(f"{cls.__name__}: {', '.join(missing)} missing; add it to the checkpoint's config.json")
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig(_FromDict):
+    """Wan2.1 diffusion transformer (names as in the official config.json)."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    model_type: Literal["t2v", "i2v"] = "t2v"
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    clip_dim: int = 1280
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def __post_init__(self):
+        if self.model_type not in ("t2v", "i2v"):
+            raise UserError(f"model_type is {self.model_type!r}; this project runs 't2v' and 'i2v'")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise UserError(f"dim {self.dim} does not split into {self.num_heads} heads of even size; mend num_heads")
+
+    @classmethod
+    def t2v_1_3b(cls) -> Self:
+        return cls(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+
+    @classmethod
+    def t2v_14b(cls) -> Self:
+        return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+    @classmethod
+    def i2v_14b(cls) -> Self:
+        return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36)
+
+
+_WAN_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_WAN_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig(_FromDict):
+    """Wan2.1 causal 3-D VAE. Defaults are the published one: stride (4, 8, 8), 16 latent channels."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = _WAN_LATENTS_STD
+
+    # The published code and diffusers both misspell this key.
+    _ALIASES = {"temperal_downsample": "temporal_downsample", "base_dim": "dim"}  # noqa: RUF012
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+
+@dataclasses.dataclass(frozen=True)
+class Umt5Config(_FromDict):
+    """UMT5 encoder. Defaults are UMT5-XXL's."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    _ALIASES = {"vocab": "vocab_size"}  # noqa: RUF012
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig(_FromDict):
+    """CLIP visual tower. Defaults are ViT-H/14's. Wan uses the features after all blocks but the last."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    mlp_ratio: int = 4
+    num_heads: int = 16
+    num_layers: int = 32
+    out_dim: int = 1024
+    eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(_FromDict):
+    """How a checkpoint is meant to be sampled. It travels in model.json: other settings give poor video without an error.
+
+    sampler: "unipc" (order 2, with guidance) or "step_distill" (x0, then noise again; no guidance).
+    denoising_step_list: the trained timesteps of a distilled model, in 1..1000, falling; None for "unipc".
+    warp_denoising_step: whether the list is still to be warped by `shift` (CausVid's lists already are).
+    height, width, num_frames: the trained size in pixels and frames; fps: frames a second.
+    """
+
+    sampler: Literal["unipc", "step_distill"] = "unipc"
+    num_inference_steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+    denoising_step_list: tuple[int, ...] | None = None
+    warp_denoising_step: bool = True
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: int = 16
+    negative_prompt: str = ""
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.denoising_step_list is not None

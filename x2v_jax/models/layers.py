@@ -1,0 +1,84 @@
+"""Layers that the networks share. Norms and their statistics are float32; matmuls run in the module's `dtype`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias. kernel: [in_features, out_features]; computes in `dtype`, returns `dtype`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        init = nnx.initializers.xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis in float32, with scale and bias."""
+
+    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = normalize(x, self.eps)
+        return y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...].astype(jnp.float32)
+
+
+def normalize(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """Layer normalisation without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    centred = x - mean
+    # The two-pass variance: E[x^2] - E[x]^2 cancels badly on the residual stream, whose mean can be large.
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num_layers` blocks as one module whose parameters have a leading layer axis."""
+    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
+
+
+def scan_blocks(blocks: nnx.Module, x: Array, apply: Callable[[Any, Array], Array], *, last: int | None = None) -> Array:
+    """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given)."""
+    graphdef, params = nnx.split(blocks)
+    if last is not None:
+        params = jax.tree.map(lambda leaf: leaf[:last], params)
+
+    def step(carry: Array, block_params: Any) -> tuple[Array, None]:
+        return apply(nnx.merge(graphdef, block_params), carry), None
+
+    return jax.lax.scan(step, x, params)[0]

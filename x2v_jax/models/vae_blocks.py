@@ -1,0 +1,211 @@
+"""Building blocks of the VAE. Every block maps (x [B, F, H, W, C], cache) to (x, cache); cache None = first frame."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from x2v_jax.ops.attention import attention
+
+Frames = Float[Array, "b f h w c"]
+
+
+def run_chain(blocks: Sequence[Any], x: Frames, cache: Any) -> tuple[Frames, Any]:
+    """Runs blocks in order, each with its own part of the cache."""
+    caches = [None] * len(blocks) if cache is None else cache
+    left = []
+    for block, block_cache in zip(blocks, caches, strict=True):
+        x, block_cache = block(x, block_cache)
+        left.append(block_cache)
+    return x, tuple(left)
+
+
+class ChannelNorm(nnx.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over channels, in float32 (torch's F.normalize, scaled)."""
+
+    def __init__(self, features: int, *, param_dtype: DTypeLike):
+        self.gamma = nnx.Param(jnp.ones((features,), param_dtype))
+
+    def __call__(self, x: Frames) -> Frames:
+        x32 = x.astype(jnp.float32)
+        # rsqrt of the sum, bounded so that the gradient at x = 0 is finite; 1e-24 is the square of torch's eps.
+        inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24))
+        return (x32 * inverse * (x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: Any = "SAME") -> Array:
+    """[N, H, W, I] * [kh, kw, I, O] -> [N, H', W', O]."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _per_frame(function: Any, x: Frames) -> Frames:
+    b, f = x.shape[:2]
+    y = function(x.reshape(b * f, *x.shape[2:]))
+    return y.reshape(b, f, *y.shape[1:])
+
+
+def _conv3d_as_2d(x: Frames, kernel: Array) -> Frames:
+    # XLA's 3-D convolution on CPU runs at a third of its 2-D one: put the shifted frames side by side on channels.
+    taps, kh, kw, i, o = kernel.shape
+    frames = x.shape[1] - taps + 1
+    shifted = jnp.concatenate([x[:, t : t + frames] for t in range(taps)], axis=-1)
+    flat_kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, taps * i, o)
+    return _per_frame(lambda images: conv2d(images, flat_kernel), shifted)
+
+
+def _conv3d(x: Frames, kernel: Array) -> Frames:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def conv3d_valid_in_time(x: Frames, kernel: Array) -> Frames:
+    """3x3x3 convolution, padded in space only: F frames in, F - 2 out."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_conv3d_as_2d, default=_conv3d)
+
+
+class CausalConv3d(nnx.Module):
+    """3x3x3 convolution that sees the present and two past frames. kernel: [3, 3, 3, I, O]. Cache: last two inputs."""
+
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 3, features, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Frames, cache: Array | None) -> tuple[Frames, Array]:
+        x = x.astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
+        if cache is None:
+            # One frame after zeros: only the present tap matters.
+            y = _per_frame(lambda images: conv2d(images, kernel[2]), x)
+            cache = jnp.concatenate([jnp.zeros_like(x), x], axis=1)
+        else:
+            x = jnp.concatenate([cache, x], axis=1)
+            y = conv3d_valid_in_time(x, kernel)
+            cache = x[:, -2:]
+        return y + self.bias[...].astype(self.dtype), cache
+
+
+class TimeConv(nnx.Module):
+    """Convolution over three frames at each pixel. kernel: [3, I, O]; F frames in, (F - 3) // stride + 1 out."""
+
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (3, features, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Frames, *, stride: int = 1) -> Frames:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        frames = (x.shape[1] - 3) // stride + 1
+        taps = [x[:, t : t + stride * (frames - 1) + 1 : stride] for t in range(3)]
+        stacked = jnp.concatenate(taps, axis=-1)
+        return stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+
+
+class PointwiseConv(nnx.Module):
+    """1x1x1 convolution. kernel: [I, O]."""
+
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (features, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+
+
+class Conv2d(nnx.Module):
+    """3x3 convolution on each frame. kernel: [3, 3, I, O]."""
+
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, features, out), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Frames, **kwargs: Any) -> Frames:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = _per_frame(lambda images: conv2d(images.astype(self.dtype), kernel, **kwargs), x)
+        return y + self.bias[...].astype(self.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.norm1 = ChannelNorm(features, param_dtype=dtypes["param_dtype"])
+        self.conv1 = CausalConv3d(features, out, rngs=rngs, **dtypes)
+        self.norm2 = ChannelNorm(out, param_dtype=dtypes["param_dtype"])
+        self.conv2 = CausalConv3d(out, out, rngs=rngs, **dtypes)
+        self.shortcut = PointwiseConv(features, out, rngs=rngs, **dtypes) if features != out else None
+
+    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+        cache1, cache2 = (None, None) if cache is None else cache
+        y, cache1 = self.conv1(nnx.silu(self.norm1(x)), cache1)
+        y, cache2 = self.conv2(nnx.silu(self.norm2(y)), cache2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (cache1, cache2)
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head attention among the pixels of each frame."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.norm = ChannelNorm(features, param_dtype=dtypes["param_dtype"])
+        self.to_qkv = PointwiseConv(features, 3 * features, rngs=rngs, **dtypes)
+        self.proj = PointwiseConv(features, features, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+        b, f, h, w, c = x.shape
+        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * f, h * w, 1, 3 * c), 3, axis=-1)
+        y = attention(q, k, v).reshape(b, f, h, w, c)
+        return x + self.proj(y), ()
+
+
+class Downsample(nnx.Module):
+    """Halves height and width; `in_time` also halves the frames after the first. Cache: the last frame."""
+
+    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: Any):
+        self.conv = Conv2d(features, features, rngs=rngs, **dtypes)
+        self.time_conv = TimeConv(features, features, rngs=rngs, **dtypes) if in_time else None
+
+    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+        y = self.conv(x, stride=2, padding=((0, 1), (0, 1)))
+        if self.time_conv is None:
+            return y, ()
+        last = y[:, -1:]
+        if cache is not None:
+            y = self.time_conv(jnp.concatenate([cache, y], axis=1), stride=2)
+        return y, last
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width and halves channels; `in_time` also doubles the frames after the first.
+
+    Cache: the last two inputs of the time convolution, to which the first frame is not visible.
+    """
+
+    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: Any):
+        self.conv = Conv2d(features, features // 2, rngs=rngs, **dtypes)
+        self.time_conv = TimeConv(features, 2 * features, rngs=rngs, **dtypes) if in_time else None
+
+    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+        left = ()
+        if self.time_conv is not None:
+            if cache is None:
+                left = jnp.zeros_like(jnp.concatenate([x, x], axis=1))
+            else:
+                x = jnp.concatenate([cache, x], axis=1)
+                left = x[:, -2:]
+                b, f, h, w, c = x.shape
+                y = self.time_conv(x).reshape(b, f - 2, h, w, 2, c)
+                x = y.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * (f - 2), h, w, c)
+        b, f, h, w, c = x.shape
+        doubled = jnp.broadcast_to(x[:, :, :, None, :, None], (b, f, h, 2, w, 2, c)).reshape(b, f, 2 * h, 2 * w, c)
+        return self.conv(doubled), left

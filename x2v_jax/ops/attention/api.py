@@ -1,0 +1,44 @@
+"""The typed entry to attention: picks an implementation by platform, dtype and shape, or takes the one asked for."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from x2v_jax.ops.attention.reference import attention_reference
+
+Implementation = Literal["auto", "reference", "cudnn"]
+
+
+def attention(
+    q: Float[Array, "b lq h d"],
+    k: Float[Array, "b lk h d"],
+    v: Float[Array, "b lk h d"],
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "b lq h d"]:
+    """softmax(q k^T * scale) v, not causal, without a mask. scale: 1 / sqrt(d) if None.
+
+    Args:
+        implementation: "reference" (exact, any platform), "cudnn" (16-bit on NVIDIA GPUs, d a multiple of 8 up to 128),
+            or "auto": cudnn where the program is lowered for CUDA and the inputs allow it, reference elsewhere.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def reference(q: Array, k: Array, v: Array) -> Array:
+        return attention_reference(q, k, v, scale=scale)
+
+    def cudnn(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+    if implementation == "cudnn":
+        return cudnn(q, k, v)
+    if implementation == "auto" and _fits_cudnn(q):
+        return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=reference)
+    return reference(q, k, v)
+
+
+def _fits_cudnn(q: Array) -> bool:
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
