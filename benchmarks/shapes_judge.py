@@ -13,14 +13,14 @@ counts as wrong.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.shapes_silhouette import SHAPES, misfits, silhouettes
+
 COLOURS = ("red", "green", "blue", "yellow")
-SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 NONE = "none"
 
@@ -31,15 +31,12 @@ _MIN_AREA, _MAX_AREA = 80.0, 1100.0  # pixels; the world's shapes have 162 to 45
 _MAX_STRAY = 0.12  # share of the coloured area that may lie outside the largest piece
 _MIN_FRAMES = 0.9  # share of frames that must hold one blob, and that must agree on its colour
 _MIN_COLOUR_SHARE = 0.75  # share of a frame's core pixels that must have one hue
-_MAX_MISFIT = 0.085  # of the silhouette's energy; beyond it the blob is none of the three shapes
+_MAX_MISFIT = 0.06  # of the silhouette's energy; beyond it the blob is none of the three shapes
 _MORPH_RATIO = 1.3  # a quarter of the video that fits another shape this much better contradicts the whole
 _MIN_TRAVEL = 8.0  # pixels between the ends of the path; the world's shapes travel 24 to 38
 _MAX_SIDEWAYS = 0.5  # of the travel
 _MIN_EFFICIENCY = 0.7  # travel over length of the (smoothed) path along it: one way, not to and fro
 _SEGMENTS = 4
-_GRID = 32  # silhouette: _GRID x _GRID samples over +-_HALF_WIDTH times the square root of the area
-_HALF_WIDTH = 1.05
-_BLURS = (0.02, 0.06, 0.1, 0.14, 0.18, 0.23)  # in square roots of the area; 0.06 is about one pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +44,9 @@ class Track:
     """One video measured frame by frame; arrays over F frames.
 
     found: [F] bool, the frame holds exactly one coloured blob.
-    centre: [F, 2] centroid x, y in pixels, y downwards; area: [F] in pixels (both soft: sub-pixel). NaN where not found.
-    colour: [F] index into COLOURS or -1; chroma: [F] chroma of the blob's core, 0 to 1.
+    centre: [F, 2] centroid x, y in pixels, y downwards, and area: [F] in pixels, both sub-pixel; NaN where not found.
+    colour: [F] index into COLOURS or -1; hue: [F, 2] mean hue as a point in the unit circle.
+    chroma: [F] of the blob's core, 0 to 1.
     cover: [F, H, W] share of each pixel that the blob covers; piece: [F, H, W] bool, where the blob may lie.
     """
 
@@ -56,6 +54,7 @@ class Track:
     centre: np.ndarray
     area: np.ndarray
     colour: np.ndarray
+    hue: np.ndarray
     chroma: np.ndarray
     cover: np.ndarray
     piece: np.ndarray
@@ -89,7 +88,8 @@ def track(video: np.ndarray) -> Track:
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
         raise ValueError(f"a video is uint8 [frames, height, width, 3], not {video.dtype} {list(video.shape)}")
     rgb = video.astype(np.float32) / 255.0
-    chroma = rgb.max(-1) - rgb.min(-1)
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     peak = np.quantile(chroma, 0.98, axis=(1, 2))
     visible = peak >= _MIN_CHROMA
     mask = (chroma > 0.5 * peak[:, None, None]) & visible[:, None, None]
@@ -104,6 +104,7 @@ def track(video: np.ndarray) -> Track:
     pixels = mask.sum((1, 2))
     stray = 1.0 - main.sum((1, 2)) / np.maximum(pixels, 1)
     found = visible & (stray <= _MAX_STRAY) & (area >= _MIN_AREA) & (area <= _MAX_AREA)
+    colour, hue = _frame_colours(rgb, main & (cover > 0.7))
     y, x = np.mgrid[: video.shape[1], : video.shape[2]].astype(np.float32)
     weight = np.maximum(area, 1e-6)
     centre = np.stack([(cover * x).sum((1, 2)) / weight, (cover * y).sum((1, 2)) / weight], -1)
@@ -111,7 +112,8 @@ def track(video: np.ndarray) -> Track:
         found=found,
         centre=np.where(found[:, None], centre, np.nan),
         area=np.where(found, area, np.nan),
-        colour=np.where(found, _frame_colours(rgb, chroma, main & (cover > 0.7)), -1),
+        colour=np.where(found, colour, -1),
+        hue=hue,
         chroma=core_chroma,
         cover=cover,
         piece=piece,
@@ -144,8 +146,8 @@ def score(videos: Iterable[np.ndarray], labels: Any) -> dict[str, float]:
 
     Args:
         videos: the videos.
-        labels: for each, (colour, shape, direction) as names or as indices into COLOURS, SHAPES, DIRECTIONS; objects with
-            those attributes; or one object whose attributes are arrays (a batch of scenes).
+        labels: for each, (colour, shape, direction) as names or as indices into COLOURS, SHAPES, DIRECTIONS; objects
+            with those attributes; or one object whose attributes are arrays (a batch of scenes).
 
     Returns:
         The means described at `summarize`.
@@ -242,15 +244,21 @@ def _masked_median(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.array([np.median(v[m]) if m.any() else 0.0 for v, m in zip(values, mask, strict=True)], np.float32)
 
 
-def _frame_colours(rgb: np.ndarray, chroma: np.ndarray, core: np.ndarray) -> np.ndarray:
-    """The colour that most core pixels of each frame have, -1 where they are of several or of none: [F]."""
-    red, green, blue = np.moveaxis(rgb, -1, 0)
-    hue = np.degrees(np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue))
-    away = np.abs((hue[..., None] - _HUES + 180.0) % 360.0 - 180.0)
-    nearest = np.where((away.min(-1) <= _HUE_TOLERANCE) & (chroma > 0), away.argmin(-1), -1)
-    votes = np.stack([((nearest == i) & core).sum((1, 2)) for i in range(len(COLOURS))], -1)
-    share = votes.max(-1) / np.maximum(core.sum((1, 2)), 1)
-    return np.where(share >= _MIN_COLOUR_SHARE, votes.argmax(-1), -1)
+def _frame_colours(rgb: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The colour that most core pixels of each frame have, -1 where they are of several or of none: [F].
+
+    Also their mean hue as a vector of length at most one: [F, 2].
+    """
+    frames = len(rgb)
+    frame = np.nonzero(core)[0]
+    red, green, blue = rgb[core].T
+    angle = np.arctan2(np.sqrt(3.0) * (green - blue), 2.0 * red - green - blue)
+    away = np.abs((np.degrees(angle)[:, None] - _HUES + 180.0) % 360.0 - 180.0)
+    nearest = np.where(away.min(1) <= _HUE_TOLERANCE, away.argmin(1), -1)
+    votes = np.stack([np.bincount(frame, nearest == i, frames) for i in range(len(COLOURS))], -1)
+    pixels = np.maximum(np.bincount(frame, minlength=frames), 1)
+    hue = np.stack([np.bincount(frame, part, frames) / pixels for part in (np.cos(angle), np.sin(angle))], -1)
+    return np.where(votes.max(-1) >= _MIN_COLOUR_SHARE * pixels, votes.argmax(-1), -1), hue
 
 
 # --- videos: colour, shape, direction, smoothness ---
@@ -264,67 +272,16 @@ def _colour(seen: Track) -> str:
 def _shape(seen: Track) -> tuple[str, float]:
     frames = np.flatnonzero(seen.found)
     shots = silhouettes(seen.cover[frames], seen.centre[frames], seen.area[frames])
-    whole = _misfits(shots.mean(0))
+    whole = misfits(shots.mean(0))
     best = int(whole.argmin())
     misfit = float(whole[best])
     if misfit > _MAX_MISFIT:
         return NONE, misfit
     for part in np.array_split(shots, _SEGMENTS):
-        parts = _misfits(part.mean(0))
-        if parts[best] > _MORPH_RATIO * parts.min():
+        parts = misfits(part.mean(0))
+        if parts[best] > min(_MORPH_RATIO * parts.min(), 2 * _MAX_MISFIT):
             return NONE, misfit
     return SHAPES[best], misfit
-
-
-def silhouettes(cover: np.ndarray, centre: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """Each frame's blob moved to its centroid and scaled to area one: [F, H, W] -> [F, 32, 32], bilinear."""
-    pad = 2
-    padded = np.pad(cover, ((0, 0), (pad, pad), (pad, pad)))
-    offsets = np.sqrt(area)[:, None] * _grid()
-    x = np.clip(centre[:, :1] + offsets + pad, 0, padded.shape[2] - 1.001)[:, None, :]
-    y = np.clip(centre[:, 1:] + offsets + pad, 0, padded.shape[1] - 1.001)[:, :, None]
-    x0, y0 = x.astype(int), y.astype(int)
-    fx, fy = x - x0, y - y0
-    f = np.arange(len(cover))[:, None, None]
-    top = padded[f, y0, x0] * (1 - fx) + padded[f, y0, x0 + 1] * fx
-    bottom = padded[f, y0 + 1, x0] * (1 - fx) + padded[f, y0 + 1, x0 + 1] * fx
-    return top * (1 - fy) + bottom * fy
-
-
-def _grid() -> np.ndarray:
-    return (np.arange(_GRID) + 0.5) * (2 * _HALF_WIDTH / _GRID) - _HALF_WIDTH
-
-
-@functools.cache
-def _templates() -> np.ndarray:
-    """Circle, square and triangle of area one about their centroids, at each blur: [3, len(_BLURS), 32, 32]."""
-    fine = 4
-    step = 2 * _HALF_WIDTH / (_GRID * fine)
-    axis = (np.arange(3 * _GRID * fine) + 0.5) * step - 3 * _HALF_WIDTH  # wide, so that blur does not lose area
-    x, y = np.meshgrid(axis, axis)
-    height = np.sqrt(2.0)  # the triangle stands in a square box: area = height squared / 2, centroid at 2/3
-    outlines = (
-        np.hypot(x, y) <= np.sqrt(1 / np.pi),
-        np.maximum(np.abs(x), np.abs(y)) <= 0.5,
-        (2 * np.abs(x) <= y + height * 2 / 3) & (y <= height / 3),
-    )
-    frequency = np.fft.fftfreq(len(axis), step)
-    squared = frequency[:, None] ** 2 + frequency[None] ** 2
-    inner = slice(_GRID, 2 * _GRID)
-    templates = np.zeros((len(SHAPES), len(_BLURS), _GRID, _GRID))
-    for i, outline in enumerate(outlines):
-        spectrum = np.fft.fft2(outline.astype(float))
-        for j, blur in enumerate(_BLURS):
-            soft = np.fft.ifft2(spectrum * np.exp(-2 * np.pi**2 * blur**2 * squared)).real
-            coarse = soft.reshape(3 * _GRID, fine, 3 * _GRID, fine).mean((1, 3))
-            templates[i, j] = coarse[inner, inner]
-    return templates
-
-
-def _misfits(silhouette: np.ndarray) -> np.ndarray:
-    """Squared distance of a silhouette [32, 32] from each shape at its best blur, over its own square: [3]."""
-    distance = ((_templates() - silhouette) ** 2).sum((2, 3)).min(1)
-    return distance / (silhouette**2).sum()
 
 
 def _direction(seen: Track) -> str:
@@ -350,9 +307,3 @@ def _smoothness(seen: Track) -> tuple[float, float]:
     jerk = float(np.sqrt(np.nanmean((bends**2).sum(-1)))) if np.isfinite(bends).any() else float("nan")
     area = seen.area[seen.found]
     return jerk, float(area.std() / area.mean())
-
-
-def as_dict(result: Verdict) -> Mapping[str, Any]:
-    """The verdict as plain JSON values (NaN becomes None)."""
-    values = dataclasses.asdict(result)
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}

@@ -69,9 +69,11 @@ def sample_scenes(key: Array, n: int) -> Scene:
     )
 
 
-def render(scenes: Scene, num_frames: int = NUM_FRAMES) -> Float[Array, "n f 64 64 3"]:
-    """Videos in [-1, 1]. A scene of other length moves at the same speed: `path` is what 33 frames cover."""
-    time = jnp.arange(num_frames) / (NUM_FRAMES - 1)
+def render(
+    scenes: Scene, num_frames: int = NUM_FRAMES, first_frame: Int[Array, " n"] | int = 0
+) -> Float[Array, "n f 64 64 3"]:
+    """Videos in [-1, 1]: `num_frames` frames of each scene from `first_frame` on. `path` is what 33 frames cover."""
+    time = (jnp.reshape(first_frame, (-1, 1)) + jnp.arange(num_frames)) / (NUM_FRAMES - 1)
     step = jnp.asarray(_STEP_XY)[scenes.direction] * scenes.path[:, None]
     centre_x = scenes.start_x[:, None] + step[:, :1] * time
     centre_y = scenes.start_y[:, None] + step[:, 1:] * time

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -55,7 +55,6 @@ class LoraFile:
     path: pathlib.Path
     modules: tuple[LoraModule, ...]
     unknown: tuple[str, ...] = ()
-    tensor_count: int = field(default=0)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -85,10 +84,7 @@ class LoraFile:
             )
         scaling = _Scaling.from_config(path, stated) if stated else None
         made = tuple(_module(path, name, keys, tensors, scaling) for name, keys in modules.items())
-        return cls(path, made, tuple(unknown), len(tensors))
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.tensor_count} tensors for {len(self.modules)} modules"
+        return cls(path, made, tuple(unknown))
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], Mapping[str, Any] | None]:
@@ -146,7 +142,9 @@ def _group(path: pathlib.Path, tensors: Mapping[str, LazyTensor]) -> tuple[dict[
             adapters.setdefault(parsed.adapter, key)
         keys = modules.setdefault(parsed.module, {})
         if parsed.role in keys and len(adapters) < 2:
-            raise UserError(f"lora: {path} gives {keys[parsed.role]!r} and {key!r}, two tensors for one place; keep one")
+            raise UserError(
+                f"lora: {path} gives {keys[parsed.role]!r} and {key!r}, two tensors for one place; keep one"
+            )
         keys[parsed.role] = key
     if len(adapters) > 1:
         names = ", ".join(sorted(name or "(unnamed)" for name in adapters))
@@ -205,8 +203,8 @@ class _Scaling:
         named = {name.removeprefix("^").removesuffix("$").replace("\\.", "."): n for name, n in patterns.items()}
         if odd := [name for name in named if not re.fullmatch(r"[\w.]+", name)]:
             raise UserError(
-                f"lora: the alpha_pattern {odd[0]!r} stated for {path} is a regular expression, which is not supported; "
-                "write the names of its modules instead"
+                f"lora: the alpha_pattern {odd[0]!r} stated for {path} is a regular expression, which is not "
+                "supported; write the names of its modules instead"
             )
         return cls(alpha, named, bool(plain.get("use_rslora")))
 

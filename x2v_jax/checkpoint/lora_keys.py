@@ -14,6 +14,8 @@ import enum
 import re
 from collections.abc import Iterable, Iterator
 
+from x2v_jax.checkpoint.names_diffusers import DiffusersNames
+
 
 class Role(enum.StrEnum):
     """What one tensor of a LoRA file does to its module."""
@@ -113,54 +115,15 @@ _PREFIXES = (
 # What torch's compile, FSDP and activation checkpointing insert at any depth.
 _WRAPPERS = re.compile(r"(?:\A|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-_TO_DIFFUSERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\Ahead\.head\Z", "proj_out"),
-        (r"\Ahead\.modulation\Z", "scale_shift_table"),
-        (r"\Atext_embedding\.0\Z", "condition_embedder.text_embedder.linear_1"),
-        (r"\Atext_embedding\.2\Z", "condition_embedder.text_embedder.linear_2"),
-        (r"\Atime_embedding\.0\Z", "condition_embedder.time_embedder.linear_1"),
-        (r"\Atime_embedding\.2\Z", "condition_embedder.time_embedder.linear_2"),
-        (r"\Atime_projection\.1\Z", "condition_embedder.time_proj"),
-        (r"\Aimg_emb\.proj\.0\Z", "condition_embedder.image_embedder.norm1"),
-        (r"\Aimg_emb\.proj\.1\Z", "condition_embedder.image_embedder.ff.net.0.proj"),
-        (r"\Aimg_emb\.proj\.3\Z", "condition_embedder.image_embedder.ff.net.2"),
-        (r"\Aimg_emb\.proj\.4\Z", "condition_embedder.image_embedder.norm2"),
-        (r"\.modulation\Z", ".scale_shift_table"),
-        (r"\.norm3\Z", ".norm2"),
-        (r"\.ffn\.0\Z", ".ffn.net.0.proj"),
-        (r"\.ffn\.2\Z", ".ffn.net.2"),
-        (r"\.norm_k_img\Z", ".norm_added_k"),
-        (r"_attn\.([kv])_img\Z", r"_attn.add_\1_proj"),
-        (r"_attn\.([qkv])\Z", r"_attn.to_\1"),
-        (r"_attn\.o\Z", "_attn.to_out.0"),
-        (r"\.self_attn\.", ".attn1."),
-        (r"\.cross_attn\.", ".attn2."),
-    )
-)
-
-
-def diffusers_module(official: str) -> str:
-    """The diffusers name of a transformer module (or of a modulation table) given by its official Wan name.
-
-    >>> diffusers_module("blocks.3.cross_attn.k_img")
-    'blocks.3.attn2.add_k_proj'
-    """
-    name = official
-    for pattern, replacement in _TO_DIFFUSERS:
-        name = pattern.sub(replacement, name)
-    return name
-
-
+# A module's parameter by role. "" stands for names that are a parameter themselves (`blocks.0.modulation`).
 _LEAVES = {
-    Role.DOWN: "weight",
-    Role.UP: "weight",
-    Role.ALPHA: "weight",
-    Role.WEIGHT_DIFF: "weight",
-    Role.UP_BIAS: "bias",
-    Role.BIAS_DIFF: "bias",
-    Role.MODULATION_DIFF: "modulation",
+    Role.DOWN: (".weight",),
+    Role.UP: (".weight",),
+    Role.UP_BIAS: (".bias",),
+    Role.ALPHA: (".weight",),
+    Role.WEIGHT_DIFF: (".weight", ""),
+    Role.BIAS_DIFF: (".bias",),
+    Role.MODULATION_DIFF: (".modulation", ".scale_shift_table", ""),
 }
 
 
@@ -168,47 +131,43 @@ class ModelNames:
     """Finds the parameter of one model that a LoRA's module and role speak of.
 
     Args:
-        keys: the official names of the model's parameters (`blocks.0.self_attn.q.weight`, …).
+        keys: the official names of the transformer's parameters (`blocks.0.self_attn.q.weight`, …).
     """
 
     def __init__(self, keys: Iterable[str]):
-        self.keys = frozenset(keys)
         self._dotted: dict[str, str] = {}
         self._underscored: dict[str, set[str]] = {}
-        for key in sorted(self.keys):
-            module, _, leaf = key.rpartition(".")
-            # A modulation table is a parameter of its block and is also addressed as if it were a module.
-            for name in (module, key) if leaf == "modulation" else (module,):
-                if name:
-                    self._add(name)
+        diffusers = DiffusersNames("transformer")
+        for key in keys:
+            for alias in {key, *_diffusers_aliases(diffusers, key)}:
+                self._dotted.setdefault(alias, key)
+                self._underscored.setdefault(alias.replace(".", "_"), set()).add(key)
 
-    def _add(self, name: str) -> None:
-        diffusers = diffusers_module(name)
-        # Older diffusers files and FastVideo write the output projection without its place in the Sequential.
-        for alias in {name, diffusers, re.sub(r"\.to_out\.0\Z", ".to_out", diffusers)}:
-            self._dotted.setdefault(alias, name)
-            self._underscored.setdefault(alias.replace(".", "_"), set()).add(name)
+    def parameter(self, module: str, role: Role) -> str | None:
+        """The official key that `role` of a module, named as the file names it, changes.
 
-    def module(self, written: str) -> str | None:
-        """The official module (or modulation table) that a file's module name means; None when it is not in the model
-        or when its underscored spelling fits more than one."""
-        for name in _without_prefixes(written):
-            if name in self._dotted:
-                return self._dotted[name]
-            candidates = self._underscored.get(name.replace(".", "_"), ())
-            if len(candidates) == 1:
-                return next(iter(candidates))
+        Returns:
+            None when the model has no such parameter, or when an underscored name fits more than one.
+        """
+        for name in _without_prefixes(module):
+            for leaf in _LEAVES[role]:
+                alias = name + leaf
+                if alias in self._dotted:
+                    return self._dotted[alias]
+                candidates = self._underscored.get(alias.replace(".", "_"), ())
+                if len(candidates) == 1:
+                    return next(iter(candidates))
         return None
 
-    def parameter(self, written: str, role: Role) -> str | None:
-        """The official parameter that `role` of a file's module changes; None when the model has none."""
-        module = self.module(written)
-        if module is None:
-            return None
-        if module in self.keys:  # a modulation table: there is only one thing that can be changed
-            return module if role in (Role.WEIGHT_DIFF, Role.MODULATION_DIFF) else None
-        key = f"{module}.{_LEAVES[role]}"
-        return key if key in self.keys else None
+
+def _diffusers_aliases(names: DiffusersNames, key: str) -> Iterator[str]:
+    try:
+        (alias,), _ = names.format(key)
+    except KeyError:
+        return
+    yield alias
+    # FastVideo and older diffusers files leave out the output projection's place in its Sequential.
+    yield alias.replace(".to_out.0.", ".to_out.")
 
 
 def bare_module(written: str) -> str:

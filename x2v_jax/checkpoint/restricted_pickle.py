@@ -8,15 +8,18 @@ how to call, no attribute is ever set on anything, and memory is bounded by a bu
 a tensor, so speed is no concern.
 """
 
+import pickletools
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 MAX_BYTES = 64 << 20  # of one pickle; a checkpoint of 10,000 tensors has about 2 MB
-MAX_OBJECTS = 2_000_000  # made by one pickle, each some 64 to 250 bytes in memory
+MAX_OBJECTS = 1_000_000  # made by one pickle, each some 64 to 250 bytes in memory; 10,000 tensors make 700,000
 MAX_INT_BYTES = 32
 MAX_TUPLE_KEYS = 4096
+MAX_TUPLE_KEY_LENGTH = 16
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
 _MARKLESS = object()
@@ -48,27 +51,28 @@ class Interpreter:
     """Runs one pickle after another out of a buffer.
 
     Args:
-        data: the bytes; only those up to `MAX_BYTES` after `position` are looked at in one pickle.
+        data: the bytes; one pickle may take `MAX_BYTES` of them.
         refuse: called with a reason to raise the error that names the file.
-        find_global: maps the dotted name of an allowed global to its `Global`, and any other name to None.
-        load_persistent: makes the value for a persistent id.
     """
 
-    def __init__(
-        self,
-        data: bytes,
-        refuse: Callable[[str], NoReturn],
-        find_global: Callable[[str], Global | None] = lambda name: None,
-        load_persistent: Callable[[Any], Any] | None = None,
-    ):
+    def __init__(self, data: bytes, refuse: Callable[[str], NoReturn]):
         self.data = data
         self.position = 0
         self.refuse = refuse
-        self._find_global = find_global
-        self._load_persistent = load_persistent
 
-    def load(self) -> Any:
-        """The value of the pickle at `position`, which moves behind it."""
+    def load(
+        self,
+        global_table: Mapping[str, Global] = MappingProxyType({}),
+        load_persistent: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """The value of the pickle at `position`, which moves behind it.
+
+        Args:
+            global_table: the globals that it may name, by dotted name.
+            load_persistent: makes the value for a persistent id.
+        """
+        self._global_table = global_table
+        self._load_persistent = load_persistent
         self._limit = min(len(self.data), self.position + MAX_BYTES)
         self._budget = MAX_OBJECTS
         self._tuple_keys = 0
@@ -79,7 +83,8 @@ class Interpreter:
             self.charge(1)
             run = _OPCODES.get(opcode)
             if run is None:
-                self.refuse(f"its pickle has opcode 0x{opcode:02x}, which no checkpoint needs; nothing was executed.")
+                name = next((known.name for known in pickletools.opcodes if ord(known.code) == opcode), hex(opcode))
+                self.refuse(f"its pickle has opcode {name}, which no checkpoint needs; nothing was executed.")
             run(self)
         value = self._pop()
         if self._stack or self._marks:
@@ -104,7 +109,7 @@ class Interpreter:
 
     def key(self, key: Any) -> Hashable:
         """`key`, checked to be a plain value. Strings hash with a secret seed; numbers are bounded; tuples are few."""
-        if type(key) is tuple and all(type(part) in _SCALARS for part in key):
+        if type(key) is tuple and len(key) <= MAX_TUPLE_KEY_LENGTH and all(type(part) in _SCALARS for part in key):
             self._tuple_keys += 1
             if self._tuple_keys > MAX_TUPLE_KEYS:
                 self.refuse(f"it has more than {MAX_TUPLE_KEYS} tuples as dictionary keys, which no checkpoint needs.")
@@ -198,6 +203,9 @@ class Interpreter:
             self.damaged(f"memo {index} is empty")
         self._push(value)
 
+    def _extend(self, items: list[Any]) -> None:
+        self._top(list).extend(items)
+
     def _fill_dict(self, items: list[Any]) -> None:
         target = self._top(dict)
         if len(items) % 2:
@@ -214,13 +222,16 @@ class Interpreter:
         if type(module) is not str or type(name) is not str:
             self.damaged("a global's name is not a string")
         dotted = f"{module}.{name}"
-        found = self._find_global(dotted)
+        found = self._global_table.get(dotted)
         if found is None:
-            self.refuse(
-                f"it asks for the global {shorten(dotted)}, which a file of tensors does not need; nothing was"
-                " executed. Use a safetensors file from a source that you trust, or save only a state_dict()."
-            )
+            self._refuse_global(dotted)
         self._push(found)
+
+    def _refuse_global(self, name: str) -> NoReturn:
+        self.refuse(
+            f"it asks for the global {shorten(name)}, which a file of tensors does not need; nothing was executed."
+            " Use a safetensors file from a source that you trust, or save only a state_dict()."
+        )
 
     def _stack_global(self) -> None:
         module, name = self._pair()
@@ -258,20 +269,20 @@ def shorten(value: Any) -> str:
     if isinstance(value, Global):
         value = value.name
     if isinstance(value, str | bytes):
-        return repr(value if len(value) <= 120 else value[:117] + (b"..." if isinstance(value, bytes) else "..."))
+        return repr(value) if len(value) <= 120 else repr(value[:117]) + "..."
     if isinstance(value, int | float | None) and not (isinstance(value, int) and value.bit_length() > 256):
         return repr(value)
     return f"a {type(value).__name__}"
 
 
 _STOP = ord(".")
-_OPCODES: dict[int, Callable[[Interpreter], None]] = {
+_OPCODES: dict[int, Callable[[Interpreter], object]] = {
     # framing and stack
     0x80: Interpreter._protocol,
-    0x95: lambda vm: vm._take(8) and None,
+    0x95: lambda vm: vm._take(8),
     ord("("): Interpreter._mark,
-    ord("0"): lambda vm: vm._pop() and None,
-    ord("1"): lambda vm: vm._pop_mark() and None,
+    ord("0"): lambda vm: vm._pop(),
+    ord("1"): lambda vm: vm._pop_mark(),
     # plain values
     ord("N"): lambda vm: vm._push(None),
     0x88: lambda vm: vm._push(True),
@@ -293,8 +304,8 @@ _OPCODES: dict[int, Callable[[Interpreter], None]] = {
     0x96: lambda vm: vm._push(bytearray(vm._take(vm._unsigned(8)))),
     # containers
     ord("]"): lambda vm: vm._push([]),
-    ord("a"): lambda vm: (lambda item: vm._top(list).append(item))(vm._pop()),
-    ord("e"): lambda vm: (lambda items: vm._top(list).extend(items))(vm._pop_mark()),
+    ord("a"): lambda vm: vm._extend([vm._pop()]),
+    ord("e"): lambda vm: vm._extend(vm._pop_mark()),
     ord("l"): lambda vm: vm._push(vm._pop_mark()),
     ord("}"): lambda vm: vm._push({}),
     ord("s"): lambda vm: vm._fill_dict(vm._pair()),
@@ -305,7 +316,7 @@ _OPCODES: dict[int, Callable[[Interpreter], None]] = {
     0x85: lambda vm: vm._tuple(1),
     0x86: lambda vm: vm._tuple(2),
     0x87: lambda vm: vm._tuple(3),
-    0x8F: lambda vm: vm._push(set()),
+    0x8F: lambda vm: vm._push(vm.charge(3) or set()),  # an empty set is four times as large as an empty list
     0x90: Interpreter._fill_set,
     0x91: lambda vm: vm._push(frozenset(map(vm.key, vm._pop_mark()))),
     # memo
@@ -317,6 +328,7 @@ _OPCODES: dict[int, Callable[[Interpreter], None]] = {
     # stand-ins for objects
     ord("c"): lambda vm: vm._global(vm._line(), vm._line()),
     0x93: Interpreter._stack_global,
+    ord("i"): lambda vm: vm._refuse_global(f"{vm._line()}.{vm._line()}"),
     ord("R"): Interpreter._call,
     0x81: Interpreter._call,
     ord("b"): Interpreter._build,

@@ -59,7 +59,7 @@ class MappedFile:
 
     def view(self, start: int, length: int) -> np.ndarray:
         """A read-only uint8 array of the `length` > 0 bytes from `start`, without copying."""
-        pages = np.frombuffer(self._map, np.uint8, length, start).view(_Pages)
+        pages = _Pages((length,), np.uint8, self._map, start)
         weakref.finalize(pages, _forget_pages, self._map, start, length).atexit = False
         return pages
 
@@ -67,8 +67,8 @@ class MappedFile:
 class _Pages(np.ndarray):
     """Marks the array that stands for a range of a file.
 
-    NumPy lets a view of a view skip to the memory's owner unless the types differ; because this type does, every view
-    keeps this very object alive, and its end is the end of the last view.
+    NumPy lets a view of a view skip to the memory's owner, but only through arrays of its own type. Because this is
+    another type and stands right on the mapping, every view keeps this very object alive: its end is the last one's.
     """
 
 

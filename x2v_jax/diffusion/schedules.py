@@ -3,10 +3,10 @@
 sigma runs from 1 (noise) to 0 (clean); the network sees timestep = 1000 * sigma.
 """
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -14,19 +14,17 @@ from x2v_jax.errors import UserError
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-T = TypeVar("T")
 
-
-def shift_sigma(sigma: T, shift: float) -> T:
+def shift_sigma[T](sigma: T, shift: float) -> T:
     """Moves sigma towards noise: shift * sigma / (1 + (shift - 1) * sigma). Keeps 0 and 1; shift 1 changes nothing.
 
-    Larger pictures need a larger shift, because neighbouring pixels average noise away (Esser et al., arXiv:2403.03206).
-    Takes floats, numpy and jax arrays.
+    Larger pictures need a larger shift, because neighbouring pixels average noise away (Esser et al.,
+    arXiv:2403.03206). Takes floats, numpy and jax arrays.
     """
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)  # pyright: ignore[reportOperatorIssue]
 
 
-def timestep_from_sigma(sigma: T) -> T:
+def timestep_from_sigma[T](sigma: T) -> T:
     """1000 * sigma, not rounded."""
     return NUM_TRAIN_TIMESTEPS * sigma  # pyright: ignore[reportOperatorIssue, reportReturnType]
 
@@ -68,7 +66,7 @@ def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, war
     for value in steps:
         if not _is_number(value) or not 0 < value <= NUM_TRAIN_TIMESTEPS:
             raise UserError(f"denoising_step_list holds {value!r}; each timestep is a number above 0 and at most 1000")
-    for before, after in zip(steps[:-1], steps[1:], strict=True):
+    for before, after in itertools.pairwise(steps):
         if not after < before:
             raise UserError(
                 f"denoising_step_list has {after!r} after {before!r}; timesteps must fall from noise (1000) towards 0"
@@ -77,37 +75,43 @@ def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, war
     return _distinct(shift_sigma(sigmas, shift) if warp else sigmas, "denoising_step_list", steps)
 
 
-def unipc_sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """The sigmas of Wan2.1's UniPC sampling: evenly spaced over the training range, then shifted, then 0.
+def unipc_schedule(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """The noise levels of Wan2.1's UniPC sampling: evenly spaced over the training range, then shifted, then 0.
 
     Source: wan/utils/fm_solvers_unipc.py of Wan2.1, `set_timesteps`.
 
     Returns:
-        float32 [num_steps + 1], falling from just below 1 to exactly 0.
+        sigmas: float32 [num_steps + 1], falling from just below 1 to exactly 0.
+        timesteps: float32 [num_steps], what the network is asked at: 1000 * sigma without its fraction.
 
     Raises:
         UserError: num_steps is not in 1..1000, or the shift leaves no distinct noise levels.
     """
     shift = check_shift(shift)
-    if isinstance(num_steps, bool) or not isinstance(num_steps, numbers.Integral):
+    whole = isinstance(num_steps, numbers.Integral) and not isinstance(num_steps, bool)
+    if not whole or not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise UserError(f"num_inference_steps is {num_steps!r}; give a whole number from 1 to {NUM_TRAIN_TIMESTEPS}")
-    if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
-        raise UserError(f"num_inference_steps is {num_steps}; give a whole number from 1 to {NUM_TRAIN_TIMESTEPS}")
     # The published table of training sigmas is float32, so its largest entry is float32's 0.999.
     largest = float(np.float32(1.0 - 1.0 / NUM_TRAIN_TIMESTEPS))
-    sigmas = shift_sigma(np.linspace(largest, 0.0, int(num_steps) + 1), shift)
-    sigmas = _distinct(sigmas, "shift", shift)
+    exact = shift_sigma(np.linspace(largest, 0.0, int(num_steps) + 1), shift)
+    sigmas = _distinct(exact, "shift", shift)
     if sigmas[0] >= 1.0:  # log(1 - sigma) enters the coefficients
         raise UserError(f"shift is {shift:g}; that leaves no signal at the first step, give less (Wan2.1 uses 3 to 8)")
-    return sigmas
+    # Truncated before sigma is rounded to float32: rounding first could lift 499.99999 to 500.
+    return sigmas, np.trunc(timestep_from_sigma(exact[:-1])).astype(np.float32)
 
 
 def _distinct(sigmas: np.ndarray, field: str, value: object) -> np.ndarray:
     rounded = sigmas.astype(np.float32)
     if not (np.diff(rounded) < 0).all():
-        raise UserError(f"{field} is {value!r}; two steps get the same noise level in float32, spread them or shift less")
+        raise UserError(f"{field} is {value}; two steps get the same noise level in float32; shift less")
     return rounded
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from x2v_jax.diffusion.flow import x0_from_velocity
-from x2v_jax.diffusion.schedules import NUM_TRAIN_TIMESTEPS, unipc_sigmas
+from x2v_jax.diffusion.schedules import unipc_schedule
 
 VelocityFn = Callable[[Array, Array], Array]
 
@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
     """
 
     sigma: Any
-    timestep: Any  # what the network is asked at: 1000 * sigma without its fraction, as Wan2.1 was sampled
+    timestep: Any
     # corrected = correct_x * x + correct_last * x_last + correct_new * m_new + correct_m0 * m0 + correct_m1 * m1
     correct_x: Any
     correct_last: Any
@@ -58,7 +58,7 @@ def unipc_table(num_steps: int, shift: float) -> Coefficients:
     Raises:
         UserError: num_steps or shift is out of range.
     """
-    sigmas = unipc_sigmas(num_steps, shift).astype(np.float64)
+    sigmas, timesteps = (values.astype(np.float64) for values in unipc_schedule(num_steps, shift))
     alphas = 1.0 - sigmas
     with np.errstate(divide="ignore"):
         lambdas = np.log(alphas) - np.log(sigmas)  # half the log signal-to-noise ratio; infinite at sigma 0
@@ -66,10 +66,8 @@ def unipc_table(num_steps: int, shift: float) -> Coefficients:
     orders = [2 if 0 < i < num_steps - 1 else 1 for i in range(num_steps)]
     rows = []
     for i, order in enumerate(orders):
-        # Wan2.1 truncates to whole timesteps; it does so after rounding 1000 * sigma to float32.
-        timestep = np.trunc(np.float32(sigmas[i]) * np.float32(NUM_TRAIN_TIMESTEPS))
         corrector = _corrector(sigmas, alphas, lambdas, i, orders[i - 1]) if i else (1.0, 0.0, 0.0, 0.0, 0.0)
-        rows.append((sigmas[i], timestep, *corrector, *_predictor(sigmas, alphas, lambdas, i, order)))
+        rows.append((sigmas[i], timesteps[i], *corrector, *_predictor(sigmas, alphas, lambdas, i, order)))
     return Coefficients(*np.asarray(rows, np.float64).T.astype(np.float32))
 
 
@@ -80,8 +78,9 @@ def coefficients_at(table: Coefficients, i: int) -> Coefficients:
 
 def init_state(latents: Float[Array, "*s"]) -> UniPCState:
     """The state before the first step. latents: standard normal noise."""
-    latents = latents.astype(jnp.float32)
-    # Three buffers, not one array thrice: a jitted step may donate the state, and a buffer can be donated only once.
+    # A copy and three buffers of zeros: a jitted step may donate the state, and that must neither take the caller's
+    # noise nor meet one buffer twice.
+    latents = jnp.array(latents, jnp.float32)
     return UniPCState(latents, *(jnp.zeros_like(latents) for _ in range(3)))
 
 

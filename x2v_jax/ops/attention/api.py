@@ -1,5 +1,6 @@
 """The typed entry to attention: picks an implementation by platform, dtype and shape, or takes the one asked for."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -35,9 +36,15 @@ def attention(
 
     if implementation == "cudnn":
         return cudnn(q, k, v)
-    if implementation == "auto" and _fits_cudnn(q):
+    if implementation == "auto" and _cuda_present() and _fits_cudnn(q):
         return jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=reference)
     return reference(q, k, v)
+
+
+@functools.cache
+def _cuda_present() -> bool:
+    # Where there is no cuDNN, the cudnn branch does not even trace.
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 def _fits_cudnn(q: Array) -> bool:

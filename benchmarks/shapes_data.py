@@ -1,0 +1,42 @@
+"""Real videos of Moving Shapes for given prompts: what a perfect model would make."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from train.data import shapes
+
+_BATCH = 32
+# A prompt names one of 48 combinations and perhaps a narrow range of sizes: so many draws hold dozens of each.
+_POOL = 20_000
+
+
+def matching_scenes(prompts: Sequence[shapes.Prompt], seed: int) -> shapes.Scene:
+    """A scene for each prompt, of its colour, shape, direction and (where it is named) size; the rest is random.
+
+    Fields are numpy arrays of shape [len(prompts)].
+    """
+    pool = jax.tree.map(np.asarray, shapes.sample_scenes(jax.random.key(seed), max(_POOL, 100 * len(prompts))))
+    size = np.where(pool.radius < shapes._SMALL, "small", np.where(pool.radius > shapes._BIG, "big", ""))
+    drawn: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for i, labels in enumerate(zip(pool.colour, pool.shape, pool.direction, strict=True)):
+        drawn[tuple(map(int, labels))].append(i)  # pyright: ignore[reportArgumentType]
+    rows = []
+    for prompt in prompts:
+        candidates = drawn[prompt.colour, prompt.shape, prompt.direction]
+        named = {"small", "big"} & set(prompt.text.split())
+        place = next(j for j, i in enumerate(candidates) if not named or size[i] in named)
+        rows.append(candidates.pop(place))
+    return jax.tree.map(lambda field: field[rows], pool)
+
+
+def real_videos(prompts: Sequence[shapes.Prompt], seed: int) -> Iterator[np.ndarray]:
+    """Renders the matching scenes, a batch at a time: [up to 32, F, 64, 64, 3] in [-1, 1]."""
+    scenes = matching_scenes(prompts, seed)
+    render = jax.jit(shapes.render)
+    for first in range(0, len(prompts), _BATCH):
+        rows = np.minimum(np.arange(first, first + _BATCH), len(prompts) - 1)
+        batch = render(jax.tree.map(lambda field, rows=rows: field[rows], scenes))
+        yield np.asarray(batch)[: len(prompts) - first]

@@ -1,0 +1,145 @@
+"""Many videos of the tiny world at once: prompts are encoded together and sampled in batches of one compiled size.
+
+The Pipeline makes one video a request, which leaves a device idle at this size. Here video i has the noise that the
+Pipeline draws for seed `seed + i`, so that any video of a measurement can be made again alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from x2v_jax.diffusion import step_distill, unipc
+from x2v_jax.diffusion.flow import guided_velocity
+from x2v_jax.diffusion.noise import initial_noise, step_noise
+from x2v_jax.models.config import Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.functional import Params, abstract, merge
+from x2v_jax.models.umt5 import Umt5Encoder
+from x2v_jax.models.vae import WanVae
+from x2v_jax.models.wan import WanModel
+from x2v_jax.request import Request, as_config, latent_shape
+from x2v_jax.tokenizer import Tokenizer
+
+_KINDS = {
+    "transformer": (WanModel, WanConfig),
+    "text_encoder": (Umt5Encoder, Umt5Config),
+    "vae": (WanVae, VaeConfig),
+}
+
+
+class ShapesModel:
+    """A text-to-video checkpoint on the device, all of it at once: it is small.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        dtype: of weights and matmuls; the autoencoder always computes in float32.
+        only: load no other components than these.
+    """
+
+    COMPONENTS = tuple(_KINDS)
+
+    def __init__(self, checkpoint: Any, dtype: str = "float32", only: Sequence[str] = COMPONENTS):
+        self.checkpoint = checkpoint
+        self._params: dict[str, Params] = {}
+        self._graphs: dict[str, nnx.GraphDef] = {}
+        for name in only:
+            component_dtype = "float32" if name == "vae" else dtype
+            self._params[name] = checkpoint.load(name, component_dtype)
+            self._graphs[name] = _graph(name, checkpoint.config(name), component_dtype)
+        self._encode_text = jax.jit(lambda params, ids, mask: self._merge("text_encoder", params)(ids, mask))
+        self._decode = jax.jit(lambda params, latents: self._merge("vae", params).decode(latents))
+        self._reconstruct = jax.jit(self._reconstruct_fn)
+
+    def generate(self, prompts: Sequence[str], request: Request, batch_size: int) -> Iterator[np.ndarray]:
+        """Videos of the prompts, a batch at a time: uint8 [up to batch_size, F, H, W, 3].
+
+        Args:
+            prompts: one a video.
+            request: resolved. Its prompt is not used; video i has the seed `request.seed + i`.
+            batch_size: videos that are sampled together. The last batch is filled up, so that one program serves all.
+        """
+        assert request.seed is not None and request.negative_prompt is not None  # resolved
+        texts = self.encode_text([*prompts, request.negative_prompt])
+        sample = jax.jit(make_sampler(self._graphs["transformer"], latent_shape(request, self.checkpoint), request))
+        for rows in _batches(len(prompts), batch_size):
+            seeds = (request.seed + rows) % 2**32
+            keys = jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
+            latents = sample(self._params["transformer"], keys, texts[rows], texts[-1])
+            videos = to_uint8(self._decode(self._params["vae"], latents))
+            yield videos[: len(prompts) - rows[0]]
+
+    def encode_text(self, prompts: Sequence[str]) -> jax.Array:
+        """Prompts -> float32 [N, text_len, text_dim], zero past each prompt's end."""
+        text_len = as_config(WanConfig, self.checkpoint.config("transformer")).text_len
+        ids, mask = Tokenizer.from_file(self.checkpoint.tokenizer_file(), text_len)(list(prompts))
+        return self._encode_text(self._params["text_encoder"], ids, mask)
+
+    def reconstruct(self, videos: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        """Videos [N, F, H, W, 3] in [-1, 1] through the autoencoder and back, a batch at a time: uint8."""
+        for rows in _batches(len(videos), batch_size):
+            again = self._reconstruct(self._params["vae"], videos[rows])
+            yield to_uint8(again)[: len(videos) - rows[0]]
+
+    def _reconstruct_fn(self, params: Params, videos: jax.Array) -> jax.Array:
+        vae = self._merge("vae", params)
+        return vae.decode(vae.encode(videos))
+
+    def _merge(self, name: str, params: Params) -> Any:
+        return merge(self._graphs[name], params)
+
+
+def make_sampler(graphdef: nnx.GraphDef, shape: tuple[int, ...], request: Request) -> Any:
+    """The request's sampler as a pure function (params, keys [B], text [B, L, D], negative text [L, D]) -> latents.
+
+    Args:
+        graphdef: of a WanModel for text-to-video.
+        shape: [f, h, w, C] of one video's latents.
+        request: resolved; says steps, shift and guidance.
+    """
+    guidance, shift, steps = request.guidance_scale, request.shift, request.num_inference_steps
+    assert guidance is not None and shift is not None and steps is not None  # resolved
+
+    def sample(params: Params, keys: jax.Array, text: jax.Array, negative: jax.Array) -> jax.Array:
+        model = merge(graphdef, params)
+        if request.is_guided:
+            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+
+        def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            if request.is_guided:
+                latents = jnp.concatenate([latents, latents])
+            answer = model(latents, jnp.full(latents.shape[:1], timestep, jnp.float32), text)
+            if not request.is_guided:
+                return answer
+            unconditional, conditional = jnp.split(answer, 2)
+            return guided_velocity(unconditional, conditional, guidance)
+
+        noise = jax.vmap(lambda key: initial_noise(key, shape))(keys)
+        if request.denoising_step_list is None:
+            return unipc.sample(velocity, noise, unipc.unipc_table(steps, shift))
+        sigmas = step_distill.step_sigmas(request.denoising_step_list, shift, warp=bool(request.warp_denoising_step))
+        return step_distill.sample(
+            velocity, noise, sigmas, lambda step: jax.vmap(lambda key: step_noise(key, step, shape))(keys)
+        )
+
+    return sample
+
+
+def to_uint8(videos: Any) -> np.ndarray:
+    """[-1, 1] -> 0..255."""
+    return np.round((np.clip(np.asarray(videos, np.float32), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def _batches(count: int, size: int) -> Iterator[np.ndarray]:
+    """Rows 0..count-1 in pieces of exactly `size`; the last one goes on with the last row."""
+    size = min(size, count)
+    for first in range(0, count, size):
+        yield np.minimum(np.arange(first, first + size), count - 1)
+
+
+def _graph(name: str, config: Any, dtype: str) -> nnx.GraphDef:
+    module, config_class = _KINDS[name]
+    sizes = as_config(config_class, config)
+    return abstract(lambda: module(sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))[0]

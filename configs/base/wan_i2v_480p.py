@@ -1,0 +1,22 @@
+"""Wan2.1 I2V 14B 480P as published: 40 UniPC steps with guidance 5 and shift 3, 81 frames of about 480x832.
+
+Hardware: one GPU with 80 GB.
+Time: not measured at full size.
+Result: 80 network passes; the published model's quality, against which distilled ones are compared.
+"""
+
+from configs.inference import inference_config
+
+
+def get_config():
+    return inference_config(
+        task="i2v",
+        checkpoint="checkpoints/wan_i2v_14b_480p",
+        num_inference_steps=40,
+        guidance_scale=5.0,
+        shift=3.0,
+        height=480,
+        width=832,
+        num_frames=81,
+        seed=42,
+    )

@@ -1,0 +1,22 @@
+"""Wan2.1 T2V 1.3B as published: 50 UniPC steps with guidance 6 and shift 8, 81 frames of 480x832.
+
+Hardware: one GPU with 24 GB.
+Time: not measured at full size.
+Result: 100 network passes; the published model's quality, against which distilled ones are compared.
+"""
+
+from configs.inference import inference_config
+
+
+def get_config():
+    return inference_config(
+        task="t2v",
+        checkpoint="checkpoints/wan_t2v_1_3b",
+        num_inference_steps=50,
+        guidance_scale=6.0,
+        shift=8.0,
+        height=480,
+        width=832,
+        num_frames=81,
+        seed=42,
+    )

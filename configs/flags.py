@@ -1,0 +1,246 @@
+"""Command lines of the form `--config=FILE.py[:ARGUMENT] --config.KEY=VALUE`, with errors that are sentences.
+
+ml_collections' own flags end in tracebacks on a misspelt key; here every mistake is a UserError that names the nearest
+known key. Nothing in this file imports jax.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from x2v_jax.errors import UserError
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a config. A default that is a type means: None unless set, then of this type."""
+
+    name: str
+    default: Any
+    help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option beside --config. `value` names what it takes; None for a switch."""
+
+    help: str
+    value: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line. `overrides` are the --config.KEY values in their own types, already set in `config`."""
+
+    config: ml_collections.ConfigDict
+    overrides: dict[str, Any]
+    options: dict[str, Any]
+
+
+class HelpAsked(Exception):
+    """--help was given."""
+
+
+def make_config(keys: Iterable[Key], **values: Any) -> ml_collections.ConfigDict:
+    """A locked config with the given keys; `values` replace defaults."""
+    config = ml_collections.ConfigDict()
+    for key in keys:
+        config[key.name] = config_dict.placeholder(key.default) if isinstance(key.default, type) else key.default
+    config.lock()
+    for name, value in values.items():
+        set_key(config, name, value)
+    return config
+
+
+def parse(argv: Sequence[str], *, default_config: str, options: Mapping[str, Option]) -> CommandLine:
+    """Reads a command line.
+
+    Args:
+        argv: without the program's name.
+        default_config: the config file without --config.
+        options: name (without dashes) -> Option.
+
+    Raises:
+        UserError: an unknown option or key, a value of the wrong type, a config file that does not load.
+        HelpAsked: --help or -h is there.
+    """
+    file, texts, found = default_config, {}, {}
+    rest = list(argv)
+    while rest:
+        name, has_value, text = rest.pop(0).partition("=")
+        if name in ("-h", "--help"):
+            raise HelpAsked
+        takes_value = name.startswith("--config") or (name[2:] in options and options[name[2:]].value is not None)
+        if takes_value and not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{name} needs a value; write {name}=VALUE")
+            text = rest.pop(0)
+        if name == "--config":
+            file = text
+        elif name.startswith("--config."):
+            texts[name.removeprefix("--config.")] = text
+        elif name.startswith("--") and name[2:] in options:
+            if has_value and not takes_value:
+                raise UserError(f"{name} takes no value; write {name} alone")
+            found[name[2:]] = text if takes_value else True
+        else:
+            texts_known = [f"--{option}" for option in options] + ["--config", "--help"]
+            raise UserError(_unknown_option(name, texts_known, load_config(default_config)))
+    config = load_config(file)
+    overrides = {}
+    for name, text in texts.items():
+        overrides[name] = parse_value(config, name, text)
+        set_key(config, name, overrides[name])
+    return CommandLine(config, overrides, found)
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """The locked config that `FILE.py[:ARGUMENT]` gives: its get_config() or get_config(ARGUMENT).
+
+    FILE is looked for from the present folder, then in this project.
+
+    Raises:
+        UserError: no such file, it cannot be run, or it gives no config.
+    """
+    name, _, argument = spec.partition(".py:") if ".py:" in spec else (spec.removesuffix(".py"), "", None)
+    path = pathlib.Path(name + ".py")
+    path = path if path.is_file() else _ROOT / path
+    if not path.is_file():
+        known = sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "configs").glob("*/[!_]*.py"))
+        near = difflib.get_close_matches(name + ".py", known, 1, 0.5)
+        advice = f"did you mean {near[0]}?" if near else f"give an existing one, such as {known[0]}"
+        raise UserError(f"--config={spec}: no such file; {advice}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec and module_spec.loader  # a .py file always has both
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        get_config = module.get_config
+        config = get_config() if argument is None else get_config(argument)
+    except UserError:
+        raise
+    except TypeError as error:
+        needs = "an argument: write FILE.py:ARGUMENT" if argument is None else "no argument"
+        raise UserError(f"--config={spec}: get_config takes {needs} ({_where(error)})") from error
+    except Exception as error:  # whatever the user's file raises is the user's to see, as one sentence
+        raise UserError(f"--config={spec} does not load: {_where(error)}; mend that file") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; return a ConfigDict")
+    config.lock()
+    return config
+
+
+def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+    """config.name = value, for dotted names too. Lists become tuples where the key is one.
+
+    Raises:
+        UserError: unknown key or wrong type.
+    """
+    holder, last = _holder(config, name)
+    wanted = holder.get_type(last)
+    if wanted is tuple and isinstance(value, list):
+        value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    mixed_up = isinstance(value, bool) and wanted is not bool  # bool is an int to isinstance
+    if value is not None and (mixed_up or not isinstance(value, wanted)):
+        raise UserError(f"config.{name} is {value!r}; give a value of type {wanted.__name__}")
+    holder[last] = value
+
+
+def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> Any:
+    """A command line's text as a value of the key's type.
+
+    Raises:
+        UserError: unknown key, or text that is no such value.
+    """
+    holder, last = _holder(config, name)
+    wanted = holder.get_type(last)
+    if issubclass(wanted, ml_collections.ConfigDict):
+        inner = next(iter(holder[last]))
+        raise UserError(f"config.{name} is a group of keys; set one of them, such as config.{name}.{inner}")
+    # A text may really be "None": it means no value only where there is none now.
+    if text == "None" and (holder[last] is None or wanted in (int, float, tuple)):
+        return None
+    if wanted is str:
+        return text
+    if wanted is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UserError(f"config.{name} is {text!r}; write true or false")
+        return text.lower() in ("true", "1", "yes")
+    if wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            what = "whole number" if wanted is int else "number"
+            raise UserError(f"config.{name} is {text!r}; give a {what}") from None
+    return _parse_tuple(text)
+
+
+def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) -> str:
+    """What --help prints."""
+    lines = [usage.rstrip(), "", "options:"]
+    for name, option in options.items():
+        lines.append(f"  --{name}{'=' + option.value if option.value else '':<{22 - len(name)}} {option.help}")
+    lines += ["", "keys (--config.KEY=VALUE):"]
+    for key in keys:
+        default = "" if isinstance(key.default, type) else f" [{key.default}]"
+        lines.append(f"  {key.name:<22} {key.help}{default}")
+    return "\n".join(lines)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' or the known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict, str]:
+    *groups, last = name.split(".")
+    holder = config
+    for i, part in enumerate([*groups, last]):
+        if not isinstance(holder, ml_collections.ConfigDict) or part not in holder:
+            known = holder.keys() if isinstance(holder, ml_collections.ConfigDict) else []
+            raise UserError(f"config has no key {'.'.join([*groups, last][: i + 1])!r}; {nearest(part, known)}")
+        if i < len(groups):
+            holder = holder[part]
+    return holder, last
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    for candidate in (text, f"({text},)"):
+        try:
+            value = ast.literal_eval(candidate)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list | tuple):
+            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    return tuple(part.strip() for part in text.split(","))  # bare words, such as file names
+
+
+def _unknown_option(name: str, options: Sequence[str], config: ml_collections.ConfigDict) -> str:
+    bare = name.lstrip("-").replace("-", "_")
+    if bare in config:
+        return f"unknown option {name}; did you mean --config.{bare}=VALUE?"
+    if not name.startswith("-"):
+        return f"unexpected argument {name!r}; options look like --config.KEY=VALUE (see --help)"
+    near = difflib.get_close_matches(name, [*options, *(f"--{key}" for key in config)], 1, 0.6)
+    near = [n if n in options else f"--config.{n[2:]}=VALUE" for n in near]
+    return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(options)}")
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,57 @@
+"""The keys that every inference config has, defined once.
+
+A config file has a function get_config() that returns inference_config(KEY=VALUE, ...) with the keys it sets.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs.flags import Key, make_config
+
+# A default that is a type means: None unless set, and then the checkpoint's own schedule decides.
+KEYS = (
+    Key("checkpoint", "assets/shapes", "folder of a checkpoint made by `python -m convert`"),
+    Key("task", str, "t2v or i2v: refuse a checkpoint that does the other"),
+    Key("lora", (), 'LoRA files merged at load: (("file.safetensors", 1.0), …)'),
+    Key("prompt", "", "what the video shows"),
+    Key("negative_prompt", str, "what it should not show; needs guidance"),
+    Key("prompt_file", str, "text file of prompts, one a line; a video for each"),
+    Key("image", str, "first frame of the video (image-to-video checkpoints)"),
+    Key("pin_first_frame", False, "make the first frame exactly the encoded image (the published pipelines do not)"),
+    Key("height", int, "pixels; image-to-video keeps the image's shape at the area height x width"),
+    Key("width", int, "pixels"),
+    Key("num_frames", int, "4n+1"),
+    Key("fps", int, "frames a second of the file"),
+    Key("num_inference_steps", int, "UniPC steps"),
+    Key("guidance_scale", float, "classifier-free guidance; 1 turns it off"),
+    Key("shift", float, "time shift of the noise levels"),
+    Key("denoising_step_list", tuple, "timesteps of a step-distilled model, such as 1000,750,500,250"),
+    Key("seed", 0, "0 to 4294967295; -1 draws one"),
+    Key("num_videos", 1, "videos for each prompt, with seeds seed, seed + 1, …"),
+    Key("output", "outputs/", "an .mp4 file, or a folder in which files are named by prompt and seed"),
+    Key("overwrite", False, "replace existing files instead of taking the next free name"),
+    Key("dtype", "bfloat16", "of matmuls and weights: bfloat16, or float32 for everything in float32"),
+    Key("keep_encoders", False, "leave text and image encoders on the device while denoising"),
+    Key("sequential_guidance", False, "two passes a step instead of one of twice the batch: slower, less memory"),
+    Key("vae_decode", "auto", "auto, whole, stream (in time) or tiled (in time and space): from fast to small"),
+    Key("progress", True, "a bar with each step; false compiles all steps of a distilled model into one program"),
+    Key("allow_mismatch", False, "run settings that contradict the checkpoint's schedule"),
+    Key("initial_noise", str, "safetensors with `noise` [C, F, H, W] and optionally `renoise` [steps-1, C, F, H, W]"),
+    Key("text_embeddings", str, "safetensors with `text` [L, D] (and `negative_text`), instead of the text encoder"),
+    Key("save_latents", str, "safetensors file for `latents` [C, F, H, W], as they are before the VAE"),
+    Key(
+        "compilation_cache",
+        "~/.cache/x2v_jax",
+        "folder that keeps compiled programs for the next start; empty for none",
+    ),
+)
+
+
+def inference_config(**values: Any) -> ml_collections.ConfigDict:
+    """A locked config with the default of every key but those given.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type.
+    """
+    return make_config(KEYS, **values)

@@ -1,0 +1,110 @@
+"""The causal VAE: chunked equals whole, the future is invisible, and both forms of its convolution agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from x2v_jax.models.config import VaeConfig
+from x2v_jax.models.functional import abstract, parameter_count, split
+from x2v_jax.models.vae import WanVae
+from x2v_jax.models.vae_blocks import _conv3d, _conv3d_as_2d
+from x2v_jax.models.vae_tiling import decode_in_chunks, decode_tiled
+
+CONFIG = VaeConfig(dim=4, num_res_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVae:
+    return WanVae(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def video() -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), (1, 13, 16, 24, 3), minval=-1.0, maxval=1.0)
+
+
+@pytest.fixture(scope="module")
+def latents() -> jax.Array:
+    return jax.random.normal(jax.random.key(2), (1, 4, 4, 4, 16))
+
+
+def test_encoding_in_chunks_equals_encoding_the_whole(vae: WanVae, video: jax.Array):
+    whole = vae.encode(video)
+    assert whole.shape == (1, 4, 2, 3, 16)
+    first, cache = vae.encode_chunk(video[:, :1])
+    second, cache = vae.encode_chunk(video[:, 1:5], cache)
+    third, _ = vae.encode_chunk(video[:, 5:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second, third], 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames_per_chunk", [1, 2, 3])
+def test_decoding_in_chunks_equals_decoding_the_whole(vae: WanVae, latents: jax.Array, frames_per_chunk: int):
+    whole = vae.decode(latents)
+    assert whole.shape == (1, 13, 32, 32, 3)
+    pieces = list(decode_in_chunks(vae.decode_chunk, np.asarray(latents), frames_per_chunk))
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
+
+
+def test_a_single_frame_is_coded_alone(vae: WanVae, video: jax.Array):
+    latent = vae.encode(video[:, :1])
+    np.testing.assert_allclose(latent, vae.encode(video)[:, :1], atol=1e-6)
+    assert vae.decode(latent).shape == (1, 1, 16, 24, 3)
+
+
+def test_no_gradient_flows_from_a_latent_frame_to_later_pixels(vae: WanVae, video: jax.Array):
+    def second_latent(video: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(vae.encode(video)[:, 1]))
+
+    gradient = jax.grad(second_latent)(video)
+    assert jnp.all(gradient[:, 5:] == 0)
+    assert jnp.any(gradient[:, 1:5] != 0)
+
+
+def test_no_gradient_flows_from_a_pixel_to_later_latent_frames(vae: WanVae, latents: jax.Array):
+    gradient = jax.grad(lambda z: jnp.sum(jnp.square(vae.decode(z)[:, 1:5])))(latents * 0.1)
+    assert jnp.all(gradient[:, 2:] == 0)
+    assert jnp.any(gradient[:, 1] != 0)
+
+
+def test_both_forms_of_the_convolution_agree():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
+    np.testing.assert_allclose(_conv3d_as_2d(x, kernel), _conv3d(x, kernel), atol=1e-4)
+
+
+def test_frame_counts_other_than_4n_plus_1_are_refused(vae: WanVae, video: jax.Array):
+    with pytest.raises(ValueError, match=r"4n\+1 frames, got 12"):
+        vae.encode(video[:, :12])
+
+
+def test_latents_are_normalised_by_the_config(vae: WanVae, latents: jax.Array):
+    np.testing.assert_allclose(vae.normalize_latents(vae.denormalize_latents(latents)), latents, atol=1e-5)
+    mean = jnp.asarray(CONFIG.latents_mean)
+    np.testing.assert_allclose(vae.denormalize_latents(jnp.zeros((1, 1, 1, 1, 16))), mean[None, None, None, None])
+
+
+def test_one_tile_is_the_whole_and_many_are_close_inside(vae: WanVae):
+    latents = np.asarray(jax.random.normal(jax.random.key(3), (1, 1, 12, 20, 16)))
+    decode = jax.jit(vae.decode)
+    whole = np.asarray(decode(latents))
+    np.testing.assert_allclose(decode_tiled(decode, latents, tile=32), whole, atol=1e-5)
+    tiled = decode_tiled(decode, latents, tile=10, overlap=6)
+    assert tiled.shape == whole.shape
+    # The mid attention sees the whole picture, so tiles differ a little everywhere; seams would differ a lot.
+    assert np.abs(tiled - whole).mean() < 0.1 * whole.std()
+
+
+def test_the_published_size_has_the_published_number_of_parameters():
+    _, params = abstract(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0)))
+    assert parameter_count(params) == 126_892_531
+
+
+def test_bfloat16_stays_close_to_float32(vae: WanVae, latents: jax.Array):
+    import x2v_jax.models.functional as functional
+
+    graphdef, _ = abstract(lambda: WanVae(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    half = functional.merge(graphdef, split(vae)[1])
+    difference = half.decode(latents) - vae.decode(latents)
+    assert float(jnp.sqrt(jnp.mean(difference**2))) < 0.02

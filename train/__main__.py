@@ -1,0 +1,8 @@
+"""python -m train --config=configs/shapes/base.py"""
+
+import sys
+
+from train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Training checkpoints: asynchronous, complete or absent, restored exactly (Orbax)."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.state import TrainState
+from x2v_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. `config.json` beside them says which run it is."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int = 2):
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    def save(self, state: TrainState) -> None:
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(_leaves(state)))
+
+    def restore_latest(self, like: TrainState) -> TrainState | None:
+        """The newest checkpoint that reads back, or None if there is none. `like` gives structure and shapes."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+                print(f"warning: checkpoint {step} in {self.directory} does not read back ({error}); trying the one before")
+                continue
+            return jax.tree.unflatten(jax.tree.structure(like), [leaves[key] for key in sorted(leaves)])
+        return None
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def claim_directory(directory: pathlib.Path, config: Mapping[str, Any], *, resume_any: bool) -> None:
+    """Marks a run directory with its config, or checks that it is the same run's.
+
+    Raises:
+        UserError: the directory holds a run of another config.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    marker = directory / "config.json"
+    ours = json.loads(json.dumps(dict(config)))
+    if marker.exists() and not resume_any:
+        theirs = json.loads(marker.read_text())
+        changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if changed:
+            shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {ours.get(k)!r}" for k in changed[:3])
+            raise UserError(
+                f"run_dir {directory} holds a run of another config ({shown}); "
+                "choose another --config.run_dir, or pass --config.resume_any=True"
+            )
+    marker.write_text(json.dumps(ours, indent=1, sort_keys=True))
+
+
+def _leaves(state: TrainState) -> dict[str, Any]:
+    # Optimizer states are nested tuples with empty nodes; numbered leaves restore the same everywhere.
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}

@@ -1,0 +1,62 @@
+"""`python -m train`: reads the config, builds the task, trains or exports."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from configs.flags import HelpAsked, Option, help_text, parse
+from x2v_jax.errors import UserError
+
+_USAGE = """usage: python -m train --config=configs/shapes/base.py [--config.KEY=VALUE ...]
+
+Trains in config.run_dir, and goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first (exit code 3)."""
+_OPTIONS = {
+    "export": Option("write the averaged weights of the newest checkpoint as a native checkpoint, and end", "DIR"),
+}
+_STOPPED = 3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code: 0 done, 2 a user's mistake, 3 stopped and saved."""
+    try:
+        command = parse(argv, default_config="configs/shapes/base.py", options=_OPTIONS)
+    except HelpAsked:
+        print(help_text(_USAGE, _OPTIONS, ()))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from train.loop import Stopped, load_ema, train
+
+    try:
+        task = make_task(command.config)
+        export = command.options.get("export")
+        if export is not None:
+            task.export(load_ema(command.config, task), pathlib.Path(export))
+            print(f"wrote {export}")
+            return 0
+        state = train(command.config, task)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return _STOPPED
+    default = pathlib.Path(command.config.run_dir) / "export"
+    task.export(state.ema, default, overwrite=True)
+    print(f"wrote {default}")
+    return 0
+
+
+def make_task(config: Any) -> Any:
+    """The task that config.task names."""
+    if config.task == "vae":
+        from train.tasks.vae import VaeTask
+
+        return VaeTask(config)
+    if config.task == "flow_matching":
+        from train.tasks.flow_matching import FlowMatchingTask
+
+        return FlowMatchingTask(config)
+    raise UserError(f"config.task is {config.task!r}; choose vae or flow_matching")

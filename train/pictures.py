@@ -1,0 +1,19 @@
+"""Contact sheets of videos."""
+
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+
+def to_uint8(videos: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255."""
+    return np.round((np.clip(videos, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def save_grid(path: pathlib.Path, videos: np.ndarray, every: int = 4) -> None:
+    """One row a video, every 4th frame a column. videos: [N, F, H, W, 3] in [-1, 1]."""
+    frames = to_uint8(np.asarray(videos))[:, ::every]
+    n, f, h, w, c = frames.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(frames.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, c)).save(path)

@@ -1,0 +1,1 @@
+"""What can be learnt: each module is a `train.loop.Task`."""

@@ -1,0 +1,97 @@
+"""Converts published checkpoints to the native format, streaming: one layer's tensor in memory at a time."""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import x2v_jax
+from x2v_jax.checkpoint.hashing import HashThread
+from x2v_jax.checkpoint.native_writer import (
+    check_destination,
+    complete_folder,
+    copy_tokenizer,
+    write_component,
+    write_model_json,
+)
+from x2v_jax.checkpoint.plan import Options, Plan, make_plan
+from x2v_jax.errors import UserError
+
+__all__ = ["Options", "Progress", "convert"]
+
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: Options | None = None,
+    on_progress: Progress = lambda done, total: None,
+) -> tuple[str, ...]:
+    """Converts a published checkpoint.
+
+    Args:
+        source: a folder or file in any layout that `layouts.recognise` knows.
+        destination: the folder to make. It appears only when everything in it is complete.
+        on_progress: called with bytes written and bytes in all.
+
+    Returns:
+        Sentences for the user about what was done and is not obvious.
+
+    Raises:
+        UserError: the destination exists, the source is not usable (every difference is named), it is not clear which
+            variant is meant, NaN or infinity is found, or the disk is full. Nothing is left at the destination.
+    """
+    options = options or Options()
+    check_destination(pathlib.Path(destination), options.overwrite)
+    plan = make_plan(source, options, destination)
+    loras = [pathlib.Path(path) for path, _ in options.loras]
+    with (
+        complete_folder(pathlib.Path(destination), overwrite=options.overwrite, nbytes=plan.nbytes) as folder,
+        HashThread([*plan.source_files, *loras]) as hashes,
+    ):
+        entries = _write(plan, folder, on_progress)
+        bad = ", ".join(plan.findings.nonfinite)
+        if bad and not options.allow_nonfinite:
+            raise UserError(f"NaN or infinity in {bad}; download the file again, or keep them with --allow-nonfinite")
+        results = hashes.results()
+        provenance = {
+            "sources": [{"file": _relative(f, plan.layout.path), **results[f]} for f in plan.source_files],
+            "command": options.command,
+            "version": x2v_jax.__version__,
+            "loras": [
+                {"file": path.name, "sha256": results[path]["sha256"], "strength": strength}
+                for path, (_, strength) in zip(loras, options.loras, strict=True)
+            ],
+        }
+        write_model_json(
+            folder,
+            task=plan.task,
+            variant=plan.variant,
+            schedule=plan.schedule,
+            components=entries,
+            provenance=provenance,
+        )
+    return plan.notes + ((f"NaN or infinity kept in {bad}",) if bad else ())
+
+
+def _write(plan: Plan, folder: pathlib.Path, on_progress: Progress) -> dict[str, Any]:
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, plan.nbytes)
+
+    entries: dict[str, Any] = {
+        component: write_component(folder, component, plan.opened[component].config, streams, on_bytes=on_bytes)
+        for component, streams in plan.streams.items()
+    }
+    entries |= {component: {"reference": target} for component, target in plan.references.items()}
+    if plan.tokenizer is not None:
+        entries["tokenizer"] = copy_tokenizer(plan.tokenizer, folder)
+    return entries
+
+
+def _relative(file: pathlib.Path, root: pathlib.Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) and file != root else file.name

@@ -1,0 +1,230 @@
+"""Native checkpoints: a folder with model.json and safetensors files in parameter-tree names."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from x2v_jax.checkpoint.arrays import cast, is_float
+from x2v_jax.checkpoint.file_sets import is_plain_name, read_json
+from x2v_jax.checkpoint.names import COMPONENTS, CONFIGS
+from x2v_jax.checkpoint.native_writer import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    check_names,
+    save_native,
+)
+from x2v_jax.checkpoint.safetensors_file import read_safetensors
+from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.errors import UserError
+from x2v_jax.models.config import Schedule
+
+if TYPE_CHECKING:
+    import jax
+    from jax.typing import DTypeLike
+
+__all__ = ["NativeCheckpoint", "open_checkpoint", "save_native"]
+
+_MAX_REFERENCES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeCheckpoint:
+    """An open native checkpoint. Only model.json has been read; tensors stay in their files until they are used.
+
+    Attributes:
+        path: the folder.
+        model: model.json as read.
+    """
+
+    path: pathlib.Path
+    model: Mapping[str, Any]
+
+    @property
+    def task(self) -> str | None:
+        """t2v or i2v; None for a checkpoint without a transformer."""
+        return self.model.get("task")
+
+    @property
+    def variant(self) -> str:
+        """base, distill, causvid or self_forcing."""
+        return self.model.get("variant", "base")
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule.from_dict(self.model.get("schedule", {}))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of what is here, its own or by reference, the tokenizer among them."""
+        return tuple(self.model["components"])
+
+    def has(self, component: str) -> bool:
+        return component in self.model["components"]
+
+    def config(self, component: str) -> Any:
+        """The sizes of a component: WanConfig, VaeConfig, Umt5Config or ClipConfig."""
+        holder, entry = self._entry(component)
+        values = entry.get("config")
+        if component not in CONFIGS or not isinstance(values, dict):
+            raise UserError(f"{holder.path / MODEL_FILE}: {component} has no config; convert the checkpoint again")
+        return CONFIGS[component].from_dict(values)
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        """Flat parameter name -> lazy tensor, checked against the component's config.
+
+        Raises:
+            UserError: the component or a file is missing or damaged, or parameters do not fit the config.
+        """
+        holder, _ = self._entry(component)
+        tensors: dict[str, LazyTensor] = {}
+        for path in self.files(component):
+            if not path.is_file():
+                raise UserError(f"{path} is missing; convert the checkpoint again or copy the whole folder")
+            for name, tensor in read_safetensors(path).items():
+                if name in tensors:
+                    raise UserError(f"{path}: {name} is in another file of the checkpoint too; convert it again")
+                tensors[name] = tensor
+        if holder.model.get("quantization") is not None:
+            raise UserError(f"{holder.path}: quantized weights, which this version does not run; convert it again")
+        try:
+            check_names(component, self.config(component), {name: t.shape for name, t in tensors.items()})
+        except UserError as error:
+            raise UserError(f"{holder.path}: {error}; convert the checkpoint again") from None
+        return dict(sorted(tensors.items()))
+
+    def files(self, component: str) -> list[pathlib.Path]:
+        """The files of a component, in this folder or the one that it refers to."""
+        holder, entry = self._entry(component)
+        names = entry.get("files")
+        if not isinstance(names, list) or not names:
+            raise UserError(f"{holder.path / MODEL_FILE}: {component} lists no files; convert the checkpoint again")
+        for name in names:
+            if not is_plain_name(name):
+                raise UserError(f"{holder.path / MODEL_FILE}: the file {name!r} of {component} is outside it; refused")
+        return [holder.path / name for name in names]
+
+    def tokenizer_file(self) -> pathlib.Path | None:
+        """The tokenizer.json, None when the checkpoint has none.
+
+        Raises:
+            UserError: model.json lists one that is not there.
+        """
+        if not self.has("tokenizer"):
+            return None
+        path = self.files("tokenizer")[0]
+        if not path.is_file():
+            raise UserError(f"{path} is missing; convert the checkpoint again, or put the {TOKENIZER_FILE} there")
+        return path
+
+    def size_bytes(self, component: str) -> int:
+        return sum(path.stat().st_size for path in self.files(component) if path.is_file())
+
+    def holder(self, component: str) -> "NativeCheckpoint":
+        """The checkpoint whose folder really holds a component."""
+        return self._entry(component)[0]
+
+    def load(
+        self,
+        component: str,
+        dtype: "DTypeLike | None" = None,
+        sharding: "Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None" = None,
+    ) -> dict[str, Any]:
+        """The parameters of a component on devices, as a nested dict.
+
+        Args:
+            component: transformer, vae, text_encoder or image_encoder.
+            dtype: the floating type to convert to; None keeps the stored one.
+            sharding: one sharding for all, or a mapping from flat names (those left out go to the first device). Each
+                process reads only the slices that its devices hold.
+
+        Raises:
+            UserError: as `tensors`.
+        """
+        import jax
+
+        target = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree: dict[str, Any] = {}
+        for name, tensor in self.tensors(component).items():
+            own = sharding.get(name, first) if isinstance(sharding, Mapping) else sharding or first
+            *parents, leaf = name.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = _to_device(tensor, target, own)
+        return tree
+
+    def _entry(self, component: str) -> tuple["NativeCheckpoint", Mapping[str, Any]]:
+        """The component's entry and the checkpoint that really holds it."""
+        holder: NativeCheckpoint = self
+        for _ in range(_MAX_REFERENCES):
+            entry = holder.model["components"].get(component)
+            if entry is None:
+                where = f"{self.path}" if holder is self else f"{self.path} takes it from {holder.path}, which"
+                raise UserError(
+                    f"{where} has no {component}; convert it with one, or with --reuse CHECKPOINT that has one"
+                )
+            if not isinstance(entry, dict):
+                raise UserError(f"{holder.path / MODEL_FILE}: {component} is no JSON object; convert it again")
+            target = entry.get("reference")
+            if target is None:
+                return holder, entry
+            try:
+                holder = open_checkpoint(holder.path / str(target))
+            except UserError as error:
+                raise UserError(
+                    f"{holder.path} takes its {component} from another checkpoint: {error}. Put that one back, or "
+                    "convert again without --reuse"
+                ) from None
+        raise UserError(f"{self.path}: {component} is a reference that leads in a circle; convert the checkpoint again")
+
+
+def _to_device(tensor: LazyTensor, dtype: np.dtype | None, sharding: Any) -> Any:
+    import jax
+
+    values = tensor.read()
+    target = dtype if dtype is not None and is_float(tensor.dtype) else tensor.dtype
+    return jax.make_array_from_callback(
+        tensor.shape, sharding, lambda index: np.ascontiguousarray(cast(values[index], target))
+    )
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
+    """Opens a native checkpoint.
+
+    Raises:
+        UserError: the folder is missing, is no native checkpoint (the message says how to convert it), or was written
+            by a newer version.
+    """
+    folder = pathlib.Path(path)
+    if folder.name == MODEL_FILE:
+        folder = folder.parent
+    file = folder / MODEL_FILE
+    if not folder.exists():
+        raise UserError(f"checkpoint {str(path)!r} does not exist; give the folder of a converted checkpoint")
+    if not file.is_file():
+        raise UserError(
+            f"checkpoint {str(path)!r} is not a converted checkpoint (it has no {MODEL_FILE}); convert it with "
+            f"`python -m convert wan {path} DST` and give DST"
+        )
+    model = read_json(file)
+    if model.get("format") != FORMAT:
+        raise UserError(f"{file}: format is {model.get('format')!r}, not {FORMAT!r}; give a checkpoint of this project")
+    version = model.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise UserError(f"{file}: format_version is {version!r}; convert the checkpoint again")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version is {version}, and this program reads up to {FORMAT_VERSION}; update it, or "
+            "convert the checkpoint with this version"
+        )
+    components = model.get("components")
+    if not isinstance(components, dict) or set(components) - {*COMPONENTS, "tokenizer"}:
+        raise UserError(f"{file}: components is not a list of known networks; convert the checkpoint again")
+    return NativeCheckpoint(folder, model)

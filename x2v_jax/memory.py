@@ -1,0 +1,227 @@
+"""How much memory a run takes: predicted from sizes before anything is loaded, and read afterwards. No jax import at top.
+
+Weights are counted exactly. Activations are estimated with factors that were fitted to what XLA reports for compiled
+programs (`tests/test_pipeline.py` holds the prediction against such reports); they are a guide, not a promise.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from x2v_jax.errors import UserError
+from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+
+DECODE_METHODS = ("auto", "whole", "stream", "tiled")
+# The VAE works in pieces where the whole would take more activations than this.
+WHOLE_LIMIT = 1 << 30
+_TILE = 32  # latents, as in models.vae_tiling
+# Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches,
+# of the piece before and of the next.
+_WHOLE_PICTURES, _PIECE_PICTURES = 6, 20
+# Attention without a fused kernel makes scores in chunks of at most this size.
+_MAX_SCORES = 1 << 28
+# What the process takes on a CPU without any model: Python, jax, compiling.
+_PROCESS = 400 << 20
+
+# Of the transformer: matmuls whose inputs must keep float32 (time, patches, output), so their weights do too.
+_EXACT = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64)} | {_BFLOAT16}
+
+
+class Weights(Protocol):
+    """What `plan` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
+
+    def has(self, component: str) -> bool: ...
+    def tensors(self, component: str) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes on the device.
+
+    weights: by component, as loaded.
+    phases: weights and activations together, of "text", "image", "denoise" and "vae".
+    """
+
+    weights: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype:
+    """The type in which a weight is kept on the device.
+
+    Args:
+        component, name: of the weight.
+        stored: its type in the file.
+        dtype: "bfloat16" or "float32", of the run.
+
+    Raises:
+        UserError: the file holds something that is not a plain float, such as 8-bit weights.
+    """
+    stored = np.dtype(stored)
+    if stored not in _FLOATS:
+        raise UserError(
+            f"{component}: {name} is stored as {stored.name}, which this pipeline does not run; convert the checkpoint from "
+            "its bfloat16 or float32 weights"
+        )
+    if dtype == "float32" or component == "vae":
+        return np.dtype(np.float32)
+    exact = component == "transformer" and name.startswith(_EXACT)
+    is_matrix = name.endswith(".kernel") or name == "token_embedding.embedding"
+    return _BFLOAT16 if is_matrix and not exact else _at_most_float32(stored)
+
+
+def plan(
+    checkpoint: Weights,
+    configs: Mapping[str, Any],
+    latents: Sequence[int],
+    *,
+    guided: bool,
+    dtype: str = "bfloat16",
+    keep_encoders: bool = False,
+    sequential_guidance: bool = False,
+    vae_decode: str = "auto",
+    with_text_encoder: bool = True,
+    on_cpu: bool = False,
+) -> MemoryPlan:
+    """Predicts the memory of one video.
+
+    Args:
+        checkpoint: its tensors' shapes are read, not their values.
+        configs: of the components it has.
+        latents: frames, height and width of the latents.
+        guided: whether there are two passes a step.
+        with_text_encoder: False where text embeddings are given.
+        on_cpu: count the process itself, as `peak_bytes` does there.
+    """
+    weights = {name: weight_bytes(checkpoint, name, dtype) for name in configs if checkpoint.has(name)}
+    if not with_text_encoder:
+        weights.pop("text_encoder", None)
+    encoders = sum(weights.get(name, 0) for name in ("text_encoder", "image_encoder"))
+    kept = encoders if keep_encoders else 0
+    transformer, vae = weights.get("transformer", 0), weights.get("vae", 0)
+    wan, vae_config = configs["transformer"], configs["vae"]
+    size = 4 if dtype == "float32" else 2
+    phases = {}
+    if "text_encoder" in weights:
+        phases["text"] = weights["text_encoder"] + text_bytes(configs["text_encoder"], wan.text_len, size)
+    if wan.model_type == "i2v":
+        encode = encode_bytes(vae_config, latents, encode_method(vae_config, latents))
+        work = max(clip_bytes(configs["image_encoder"], size), encode)
+        phases["image"] = encoders + vae + work
+    batch = 2 if guided and not sequential_guidance else 1
+    phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size)
+    if wan.model_type == "i2v":
+        phases["denoise"] += vae  # loaded for the image already
+    method = decode_method(vae_config, latents, None) if vae_decode == "auto" else vae_decode
+    phases["vae"] = kept + transformer + vae + decode_bytes(vae_config, latents, method)
+    base = _PROCESS if on_cpu else 0
+    return MemoryPlan(weights, {name: base + value for name, value in phases.items()})
+
+
+def weight_bytes(checkpoint: Weights, component: str, dtype: str) -> int:
+    """Bytes of a component's weights as loaded."""
+    return sum(
+        math.prod(tensor.shape) * device_dtype(component, name, tensor.dtype, dtype).itemsize
+        for name, tensor in checkpoint.tensors(component).items()
+    )
+
+
+def denoise_bytes(config: WanConfig, latents: Sequence[int], batch: int, size: int) -> int:
+    """Activations of one pass of the transformer.
+
+    Args:
+        latents: frames, height, width.
+        batch: 2 with guidance in one pass.
+        size: bytes of an element in matmuls.
+    """
+    length = math.prod(n // p for n, p in zip(latents, config.patch_size, strict=True))
+    tokens, scores = batch * length, batch * config.num_heads * length * length * 4
+    # Residual stream, its normalised copy, and the gated sum in float32; q, k, v and the attention's result.
+    per_token = config.dim * (3 * 4 + 3 * 4 + 4 * size) + config.ffn_dim * 2 * size
+    elements = math.prod(latents) * config.in_dim * batch
+    return tokens * per_token + min(scores, _MAX_SCORES) + 6 * 4 * elements
+
+
+def text_bytes(config: Umt5Config, length: int, size: int) -> int:
+    """Activations of the text encoder on one prompt."""
+    scores = config.num_heads * length * length * 4 * 3
+    return scores + length * (config.dim * 12 + config.dim_ffn * 3 * size)
+
+
+def clip_bytes(config: ClipConfig, size: int) -> int:
+    """Activations of CLIP's visual tower on one image."""
+    tokens = 1 + (config.image_size // config.patch_size) ** 2
+    return tokens * config.dim * (12 + 6 * size) + config.num_heads * tokens * tokens * 8
+
+
+def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str) -> int:
+    """Activations of the VAE's decoder, float32, for "whole", "stream" or "tiled"."""
+    frames, height, width = latents
+    if method == "tiled":
+        height, width = min(height, _TILE), min(width, _TILE)
+    picture = _picture_bytes(config, height, width)
+    if method == "whole" or frames == 1:
+        return (config.temporal_stride * (frames - 1) + 1) * picture * _WHOLE_PICTURES
+    return config.temporal_stride * picture * _PIECE_PICTURES
+
+
+def encode_bytes(config: VaeConfig, latents: Sequence[int], method: str = "whole") -> int:
+    """Activations of the VAE's encoder, float32, for "whole" or "stream". latents: frames, height, width."""
+    return decode_bytes(config, latents, method)
+
+
+def encode_method(config: VaeConfig, latents: Sequence[int]) -> str:
+    """ "whole" where that takes little memory, else "stream", which gives the same latents."""
+    return "whole" if encode_bytes(config, latents) <= WHOLE_LIMIT else "stream"
+
+
+def decode_method(config: VaeConfig, latents: Sequence[int], free: int | None) -> str:
+    """What vae_decode "auto" means for latents of (frames, height, width), with `free` bytes left (None: not known)."""
+    if decode_bytes(config, latents, "whole") <= WHOLE_LIMIT:
+        return "whole"
+    return "tiled" if free is not None and decode_bytes(config, latents, "stream") > free else "stream"
+
+
+def peak_bytes() -> int:
+    """The most memory held so far: on a GPU by jax on the first device, on a CPU by this process."""
+    statistics = _device_statistics()
+    if "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def device_bytes_free() -> int | None:
+    """Bytes that the first device could still give; None where that is not known, as on CPU."""
+    statistics = _device_statistics()
+    if "bytes_limit" not in statistics:
+        return None
+    return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+
+
+def _picture_bytes(config: VaeConfig, height: int, width: int) -> int:
+    # One frame of the stage at full size, float32; nearly all memory is held in a few arrays of this size.
+    return height * width * config.spatial_stride**2 * config.dim * 4
+
+
+def _at_most_float32(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if dtype.itemsize > 4 else dtype
+
+
+def _device_statistics() -> dict[str, int]:
+    import jax
+
+    return jax.local_devices()[0].memory_stats() or {}

@@ -1,0 +1,82 @@
+"""Decoding in spatial tiles and temporal chunks, so that memory does not grow with the size of the video.
+
+In time the result is exact: the VAE is causal and its cache is carried. In space it is not: tiles overlap and are
+blended linearly, as in the published code (Wan2.1 VAE tiling in LightX2V and diffusers: tiles of 256 pixels, 64 of
+them shared with each neighbour).
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+DecodeChunk = Callable[[Any, Any], tuple[Any, Any]]
+
+TILE = 32  # latents: 256 pixels
+OVERLAP = 8  # latents: 64 pixels
+
+
+def decode_in_chunks(decode_chunk: DecodeChunk, latents: np.ndarray, frames_per_chunk: int = 1) -> Iterator[np.ndarray]:
+    """Yields the video piece by piece in order: [B, 1, H, W, 3], then [B, 4 * frames_per_chunk, H, W, 3] each.
+
+    Args:
+        decode_chunk: (latents chunk, cache) -> (video chunk, cache); jit it, so that only two programs are compiled.
+        latents: [B, f, h, w, C].
+        frames_per_chunk: latent frames per call after the first; the last call may hold fewer.
+    """
+    video, cache = decode_chunk(latents[:, :1], None)
+    yield np.asarray(video)
+    for start in range(1, latents.shape[1], frames_per_chunk):
+        video, cache = decode_chunk(latents[:, start : start + frames_per_chunk], cache)
+        yield np.asarray(video)
+
+
+def decode_tiled(
+    decode: Callable[[Any], Any], latents: np.ndarray, *, stride: int = 8, tile: int = TILE, overlap: int = OVERLAP
+) -> np.ndarray:
+    """Decodes tile by tile and blends the seams; on the host, float32.
+
+    Args:
+        decode: latents [B, f, th, tw, C] -> video [B, F, stride * th, stride * tw, 3]; called with one shape only.
+        latents: [B, f, h, w, C].
+        stride: pixels a latent.
+        tile, overlap: in latents.
+    """
+    height, width = latents.shape[2:4]
+    size_y, size_x = min(tile, height), min(tile, width)
+    total: np.ndarray | None = None
+    weights = np.zeros((height * stride, width * stride, 1), np.float32)
+    for y, x in itertools.product(_starts(height, size_y, overlap), _starts(width, size_x, overlap)):
+        piece = np.asarray(decode(latents[:, :, y : y + size_y, x : x + size_x]), np.float32)
+        if total is None:
+            total = np.zeros((*piece.shape[:2], height * stride, width * stride, piece.shape[-1]), np.float32)
+        window_y = _ramp(size_y, y > 0, y + size_y < height, overlap, stride)
+        window_x = _ramp(size_x, x > 0, x + size_x < width, overlap, stride)
+        window = (window_y[:, None] * window_x[None, :])[..., None]
+        rows, columns = slice(y * stride, (y + size_y) * stride), slice(x * stride, (x + size_x) * stride)
+        total[:, :, rows, columns] += piece * window
+        weights[rows, columns] += window
+    if total is None:
+        raise ValueError(f"latents of shape {latents.shape} hold nothing to decode")
+    total /= weights
+    return total
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Tiles of one size that cover the axis; the last is moved back to end at the border."""
+    if length <= tile:
+        return [0]
+    starts = list(range(0, length - tile, tile - overlap))
+    return [*starts, length - tile]
+
+
+def _ramp(tile: int, before: bool, after: bool, overlap: int, stride: int) -> np.ndarray:
+    """Weight of each pixel of a tile along one axis: rising and falling where there is a neighbour, never zero."""
+    window = np.ones(tile * stride, np.float32)
+    rise = (np.arange(overlap * stride, dtype=np.float32) + 0.5) / (overlap * stride)
+    if before:
+        window[: overlap * stride] = rise
+    if after:
+        window[-overlap * stride :] = np.minimum(window[-overlap * stride :], rise[::-1])
+    return window

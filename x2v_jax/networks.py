@@ -1,0 +1,76 @@
+"""One network of a checkpoint on the device: its structure at once, its weights when first needed, until released."""
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.memory import device_dtype
+from x2v_jax.models import functional
+from x2v_jax.models.clip import ClipVisionTower
+from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.umt5 import Umt5Encoder
+from x2v_jax.models.vae import WanVae
+from x2v_jax.models.wan import WanModel
+from x2v_jax.request import as_config
+
+_NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
+    "transformer": (WanConfig, WanModel),
+    "vae": (VaeConfig, WanVae),
+    "text_encoder": (Umt5Config, Umt5Encoder),
+    "image_encoder": (ClipConfig, ClipVisionTower),
+}
+
+
+class Network:
+    """A network whose weights come and go.
+
+    Args:
+        component: its name in the checkpoint.
+        config: as `NativeCheckpoint.config` gives it.
+        tensors: its weights as `NativeCheckpoint.tensors` gives (and has checked) them; read when they are loaded.
+        dtype: "bfloat16" or "float32". The VAE always runs in float32: half precision shows as banding.
+    """
+
+    def __init__(self, component: str, config: Any, tensors: Mapping[str, LazyTensor], *, dtype: str):
+        config_class, make = _NETWORKS[component]
+        self.component = component
+        self.config = as_config(config_class, config)
+        compute = jnp.float32 if component == "vae" else jnp.dtype(dtype)
+        self.graphdef, _ = functional.abstract(
+            lambda: make(self.config, rngs=nnx.Rngs(0), dtype=compute)  # the numbers are never drawn
+        )
+        self._tensors = tensors
+        self._dtype = dtype
+        self._params: functional.Params | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._params is not None
+
+    def load(self) -> functional.Params:
+        """The parameters on the device, read from the file unless they are there already.
+
+        Raises:
+            UserError: a weight is stored in a type that is not a plain float.
+        """
+        if self._params is None:
+            placed = {name: self._place(name, tensor) for name, tensor in self._tensors.items()}
+            self._params = jax.block_until_ready(functional.unflatten(placed))
+        return self._params
+
+    def release(self) -> None:
+        """Lets the device have its memory back; a later `load` reads the file again."""
+        self._params = None
+        gc.collect()
+
+    def _place(self, name: str, tensor: LazyTensor) -> jax.Array:
+        wanted = device_dtype(self.component, name, tensor.dtype, self._dtype)
+        values = tensor.read()
+        # Cast on the host, so that the device never holds a weight twice.
+        return jax.device_put(np.asarray(values, wanted))

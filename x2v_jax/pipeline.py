@@ -1,0 +1,394 @@
+"""Prompt or image -> frames: the one place that knows the order of the parts.
+
+tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from x2v_jax import interchange, memory
+from x2v_jax.checkpoint import lora, names, store
+from x2v_jax.denoising import Conditions, Denoiser, OnStep
+from x2v_jax.diffusion import image_condition, noise, step_distill, unipc
+from x2v_jax.errors import UserError
+from x2v_jax.image import load_image
+from x2v_jax.models import functional
+from x2v_jax.networks import Network
+from x2v_jax.request import Request, latent_shape, resolve
+from x2v_jax.tokenizer import Tokenizer
+from x2v_jax.vae_runner import DecodeMethod, VaeRunner
+
+Frames = UInt8[np.ndarray, "f h w 3"]
+_DTYPES = ("bfloat16", "float32")
+_CACHED_PROMPTS = 256  # of 8 MB each at full size, on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One video and how it came about.
+
+    frames: uint8 [F, H, W, 3].
+    latents: float32 [f, h, w, C], as they were before the VAE.
+    request: complete, with the seed that was drawn.
+    seconds: wall time of "load", "text", "image", "denoise" and "vae"; the first call of a size includes compiling.
+    memory_plan: predicted bytes. peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
+    """
+
+    frames: np.ndarray
+    latents: np.ndarray
+    request: Request
+    seconds: dict[str, float]
+    memory_plan: memory.MemoryPlan
+    peak_bytes: int
+
+
+class Pipeline:
+    """Makes videos with one checkpoint. Build it with `from_checkpoint`.
+
+    >>> pipe = Pipeline.from_checkpoint("assets/shapes")  # doctest: +SKIP
+    >>> frames = pipe("a red circle moves left", seed=1)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        checkpoint: store.NativeCheckpoint,
+        *,
+        dtype: str = "bfloat16",
+        loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+        keep_encoders: bool = False,
+        allow_mismatch: bool = False,
+        sequential_guidance: bool = False,
+        vae_decode: DecodeMethod = "auto",
+    ):
+        """See `from_checkpoint`."""
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype is {dtype!r}; give {' or '.join(_DTYPES)}")
+        if vae_decode not in memory.DECODE_METHODS:
+            raise UserError(f"vae_decode is {vae_decode!r}; give one of {', '.join(memory.DECODE_METHODS)}")
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.keep_encoders = keep_encoders
+        self.allow_mismatch = allow_mismatch
+        self.sequential_guidance = sequential_guidance
+        self.vae_decode: DecodeMethod = vae_decode
+        self.lora_report: lora.LoraReport | None = None
+        self._has_loras = bool(loras)
+        self._networks = self._describe_networks(loras)
+        self._denoiser: Denoiser | None = None
+        self._vae: VaeRunner | None = None
+        self._encode_text = jax.jit(lambda params, ids, mask: self._merged("text_encoder", params)(ids, mask))
+        self._encode_image = jax.jit(lambda params, pixels: self._merged("image_encoder", params)(pixels))
+        self._texts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """A pipeline on a checkpoint that `python -m convert` made. Weights are read when they are first needed.
+
+        Args:
+            path: the checkpoint's folder.
+            dtype: "bfloat16" (matmuls and weights; the rest is float32) or "float32" (everything, highest precision).
+            loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
+            keep_encoders: leave text and image encoders on the device while denoising.
+            allow_mismatch: accept requests that contradict the checkpoint's schedule.
+            sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
+            vae_decode: "auto", "whole", "stream" or "tiled"; see `vae_runner.VaeRunner`.
+
+        Raises:
+            UserError: no such checkpoint, or a LoRA that does not fit it.
+        """
+        return cls(store.open_checkpoint(path), **options)
+
+    def __call__(self, prompt: str, **fields: Any) -> Frames:
+        """Makes one video; fields are those of `Request` (height, width, num_frames, seed, image, …).
+
+        Returns:
+            uint8 [F, H, W, 3].
+
+        Raises:
+            UserError: a field that is unknown or that this checkpoint cannot serve.
+        """
+        return self.generate(_request(prompt, fields)).frames
+
+    def resolve(self, request: Request) -> Request:
+        """`request.resolve` with this pipeline's checkpoint and settings."""
+        return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=self.allow_mismatch)
+
+    def plan(self, request: Request) -> memory.MemoryPlan:
+        """The memory that a resolved request will take, worked out before anything is loaded."""
+        return memory.plan(
+            self.checkpoint,
+            {name: network.config for name, network in self._networks.items()},
+            self._latent_shape(request)[:3],
+            guided=request.is_guided,
+            dtype=self.dtype,
+            keep_encoders=self.keep_encoders,
+            sequential_guidance=self.sequential_guidance,
+            vae_decode=self.vae_decode,
+            with_text_encoder=request.text_embeddings is None,
+            on_cpu=jax.default_backend() == "cpu",
+        )
+
+    def prepare(self, requests: Sequence[Request]) -> float:
+        """Encodes the prompts of many requests with the text encoder loaded once. Returns the seconds it took.
+
+        Raises:
+            UserError: as `resolve`.
+        """
+        begin = time.perf_counter()
+        clock = _Clock()
+        with self._precision():
+            for request in requests:
+                request = self.resolve(request)
+                if request.text_embeddings is None:
+                    self._texts_of(_prompts(request), clock)
+        self._release_encoders()
+        return time.perf_counter() - begin
+
+    def generate(self, request: Request, on_step: OnStep | None = None) -> Result:
+        """Makes one video.
+
+        Args:
+            request: resolved or not.
+            on_step: called after each denoising step with (step from 0, number of steps, latents on the device). Without
+                it all steps run as one program. An exception from it ends the run.
+
+        Raises:
+            UserError: the request does not fit, the device's memory is too small, or the result is not finite.
+        """
+        request = self.resolve(request)
+        plan = self.plan(request)
+        clock = _Clock()
+        try:
+            with self._precision():
+                latents = self._latents(request, clock, on_step)
+                if request.save_latents is not None:
+                    interchange.write_latents(request.save_latents, np.asarray(latents[0]))
+                with clock("load"):
+                    self._network("vae").load()
+                with clock("vae"):
+                    frames = self._vae_runner().decode(latents)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the device's memory does not suffice ({plan.peak / 1e9:.1f} GB predicted); ask for a smaller height, "
+                "width or num_frames, set vae_decode to 'tiled', or set sequential_guidance"
+            ) from error
+        peak = memory.peak_bytes()
+        return Result(frames, np.asarray(latents[0]), request, dict(clock.seconds), plan, peak)
+
+    def _latents(self, request: Request, clock: "_Clock", on_step: OnStep | None) -> Array:
+        conditions = self._conditions(request, clock)
+        self._release_encoders()
+        shape = self._latent_shape(request)
+        key = jax.random.key(request.seed)  # type: ignore[arg-type]  # resolved
+        initial, renoise = self._noise(request, shape, key)
+        with clock("load"):
+            params = self._network("transformer").load()
+        with clock("denoise"):
+            denoiser = self._denoiser_()
+            if request.denoising_step_list is not None:
+                assert request.shift is not None  # resolved
+                sigmas = step_distill.step_sigmas(
+                    request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step)
+                )
+                latents = denoiser.step_distill(params, conditions, initial, sigmas, renoise, on_step)
+            else:
+                assert request.num_inference_steps and request.shift  # resolved
+                table = unipc.unipc_table(request.num_inference_steps, request.shift)
+                latents = denoiser.unipc(params, conditions, initial, table, on_step)
+            if request.pin_first_frame and conditions.image_latents is not None:
+                latents = image_condition.pin_first_frame(latents, conditions.image_latents)
+            finite = bool(jnp.isfinite(latents).all())
+        if not finite:
+            raise UserError(
+                "the latents hold NaN or infinity after denoising: the checkpoint's weights are damaged, or overflow in "
+                f"{self.dtype}; convert it again, or set dtype to 'float32'"
+            )
+        return latents
+
+    def _noise(self, request: Request, shape: tuple[int, ...], key: Any) -> tuple[Array, Any]:
+        if request.initial_noise is None:
+            return noise.initial_noise(key, (1, *shape)), key
+        steps = len(request.denoising_step_list) if request.denoising_step_list is not None else None
+        initial, renoise = interchange.read_noise(request.initial_noise, shape, steps)
+        return jnp.asarray(initial)[None], key if renoise is None else renoise
+
+    def _conditions(self, request: Request, clock: "_Clock") -> Conditions:
+        transformer = self._network("transformer").config
+        if request.text_embeddings is not None:
+            texts = interchange.read_text_embeddings(
+                request.text_embeddings, transformer.text_len, transformer.text_dim
+            )
+            given = [texts["text"]]
+            if request.is_guided:
+                negative = texts.get("negative_text")
+                if negative is None:
+                    negative = self._texts_of([request.negative_prompt or ""], clock)[0]
+                given.insert(0, negative)
+        else:
+            given = self._texts_of(_prompts(request), clock)
+        text = jnp.asarray(np.stack(given))
+        scale = np.float32(request.guidance_scale or 1.0)
+        if self.checkpoint.task != "i2v":
+            return Conditions(text, scale)
+        image = load_image(request.image)
+        with clock("load"):
+            params = self._network("image_encoder").load()
+            self._network("vae").load()
+        with clock("image"):
+            pixels = image_condition.clip_pixels(image, self._network("image_encoder").config.image_size)
+            features = self._encode_image(params, pixels[None])
+            _, height, width, _ = self._latent_shape(request)
+            vae = self._network("vae").config
+            assert request.num_frames is not None  # resolved
+            given_latents = image_condition.image_condition(
+                self._vae_runner().encode,
+                image,
+                height=height * vae.spatial_stride,
+                width=width * vae.spatial_stride,
+                num_frames=request.num_frames,
+                temporal_stride=vae.temporal_stride,
+            )
+            return Conditions(text, scale, features, jax.block_until_ready(given_latents)[None])
+
+    def _texts_of(self, prompts: Sequence[str], clock: "_Clock") -> list[np.ndarray]:
+        """Embeddings [text_len, D] of each prompt, zero past its end; the encoder is loaded only for new ones."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if missing:
+            with clock("load"):
+                params = self._network("text_encoder").load()
+                tokenizer = self._load_tokenizer()
+            with clock("text"):
+                for prompt in missing:
+                    count = tokenizer.num_tokens(prompt)
+                    if count > tokenizer.text_len:
+                        warnings.warn(
+                            f"prompt of {count} tokens is cut to the {tokenizer.text_len} that the model reads",
+                            stacklevel=2,
+                        )
+                    self._texts[prompt] = np.asarray(self._encode_text(params, *tokenizer([prompt]))[0])
+        for prompt in prompts:
+            self._texts.move_to_end(prompt)
+        found = [self._texts[prompt] for prompt in prompts]
+        while len(self._texts) > _CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        return found
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            file = self.checkpoint.tokenizer_file()
+            if file is None:
+                raise UserError(f"{self.checkpoint.path} has no tokenizer; convert it again, or give text_embeddings")
+            tokenizer = Tokenizer.from_file(file, self._network("transformer").config.text_len)
+            rows = self._network("text_encoder").config.vocab_size
+            if tokenizer.vocab_size > rows:
+                raise UserError(
+                    f"the tokenizer {file} knows {tokenizer.vocab_size} tokens and the text encoder {rows}; they belong to "
+                    "different models, convert the checkpoint again with the right tokenizer.json"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
+        frames, height, width, channels = latent_shape(request, self.checkpoint)
+        if self.checkpoint.task == "i2v":
+            assert request.height and request.width  # resolved
+            pixels = load_image(request.image).shape
+            height, width = image_condition.latent_size(
+                *pixels[:2],
+                request.height * request.width,
+                spatial_stride=self._network("vae").config.spatial_stride,
+                patch_size=self._network("transformer").config.patch_size,
+            )
+        return frames, height, width, channels
+
+    def _describe_networks(self, loras: Sequence[Any]) -> dict[str, Network]:
+        networks = {}
+        for name in ("transformer", "vae", "text_encoder", "image_encoder"):
+            if not self.checkpoint.has(name):
+                continue
+            tensors = self.checkpoint.tensors(name)
+            if name == "transformer" and loras:
+                files = [(lora.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
+                rows = names.table(name, self.checkpoint.config(name))
+                tensors, self.lora_report = lora.merge_into_native(tensors, files, rows)
+            networks[name] = Network(name, self.checkpoint.config(name), tensors, dtype=self.dtype)
+        return networks
+
+    def _network(self, name: str) -> Network:
+        if name not in self._networks:
+            raise UserError(
+                f"{self.checkpoint.path} has no {name}; convert it again with every component of the source"
+            )
+        return self._networks[name]
+
+    def _merged(self, name: str, params: functional.Params) -> Any:
+        return functional.merge(self._networks[name].graphdef, params)
+
+    def _denoiser_(self) -> Denoiser:
+        if self._denoiser is None:
+            graphdef = self._network("transformer").graphdef
+            self._denoiser = Denoiser(graphdef, sequential_guidance=self.sequential_guidance)
+        return self._denoiser
+
+    def _vae_runner(self) -> VaeRunner:
+        if self._vae is None:
+            self._vae = VaeRunner(self._network("vae"), self.vae_decode)
+        return self._vae
+
+    def _release_encoders(self) -> None:
+        if not self.keep_encoders:
+            for name in ("text_encoder", "image_encoder"):
+                if name in self._networks:
+                    self._networks[name].release()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        # On GPUs and TPUs float32 matmuls are rounded to fewer bits unless asked otherwise.
+        return jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
+
+
+class _Clock:
+    """Wall time by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def _prompts(request: Request) -> list[str]:
+    """The texts to encode: with guidance the negative prompt first."""
+    return [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
+
+
+def _lora_pair(entry: Any) -> tuple[Any, float]:
+    return (entry[0], float(entry[1])) if isinstance(entry, tuple | list) else (entry, 1.0)
+
+
+def _request(prompt: str, fields: dict[str, Any]) -> Request:
+    for name in fields:
+        if name not in Request.field_names():
+            near = difflib.get_close_matches(name, Request.field_names(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(Request.field_names())}"
+            raise UserError(f"unknown field {name!r}; {hint}")
+    return Request(prompt=prompt, **fields)

@@ -1,0 +1,207 @@
+"""Frames <-> video files: H.264 in mp4 with the settings that made it, and GIF and PNG for documents.
+
+A file appears under its name only when it is whole: it is encoded in memory, written beside its place, synced, renamed.
+"""
+
+import contextlib
+import fractions
+import io
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
+
+from x2v_jax.errors import UserError
+
+Path = str | os.PathLike[str]
+
+# x264's scale: 18 is held to be visually lossless, and 17 leaves a margin for the flat areas and slow gradients that
+# generated video is full of. LightX2V's quality 8 is about 10, at three times the size with no visible gain.
+CRF = 17
+_METADATA_KEY = "comment"  # one of the few tags that mp4 players and editors keep
+
+
+def encode_video(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """An mp4 as bytes: H.264, yuv420p, BT.709.
+
+    The same frames and metadata give the same bytes: no time of day is written.
+
+    Args:
+        frames: uint8 [F, H, W, 3], height and width even (yuv420p halves the colour planes).
+        fps: frames a second.
+        metadata: JSON values, stored in the file's `comment` tag.
+
+    Raises:
+        UserError: the frames or fps cannot be made into a video.
+    """
+    _check(frames, fps)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        if metadata is not None:
+            container.metadata[_METADATA_KEY] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+        rate = fractions.Fraction(fps).limit_denominator(1001)
+        # A fixed number: by default it follows the machine's cores, and with it the bytes.
+        options = {"crf": str(CRF), "preset": "medium", "threads": "4"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # Written out, because players guess BT.601 for small untagged video and the colours then shift.
+        context = stream.codec_context
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        for image in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(_to_yuv(rgb)))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes `encode_video`'s bytes, and with metadata the same JSON beside it (NAME.mp4 -> NAME.json).
+
+    Missing folders are made; existing files are replaced.
+
+    Raises:
+        UserError: bad frames, or the file cannot be written (nothing is left half-written).
+    """
+    path = pathlib.Path(path)
+    contents = {path: encode_video(frames, fps, metadata)}
+    if metadata is not None:
+        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, indent=2)
+        contents[path.with_suffix(".json")] = (text + "\n").encode()
+    write_files(contents)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The settings that `write_video` stored in the mp4.
+
+    Raises:
+        UserError: no such file, no video, or it carries no settings.
+    """
+    with _opened(path) as container:
+        text = container.metadata.get(_METADATA_KEY)
+    try:
+        metadata = json.loads(text or "")
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{os.fspath(path)} carries no settings; give an mp4 as `python -m infer` wrote it")
+    return metadata
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """All frames of a video file, uint8 [F, H, W, 3].
+
+    Raises:
+        UserError: no such file, or it holds no video.
+    """
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise UserError(f"{os.fspath(path)} holds no video stream; give a video file")
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    if not frames:
+        raise UserError(f"{os.fspath(path)} holds no video frames; give a video file")
+    return np.stack(frames)
+
+
+def write_gif(path: Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
+    """A looping GIF for documents; `scale` repeats pixels. GIF counts hundredths of a second, so fps is rounded."""
+    _check(frames, fps)
+    pictures = [_picture(image, scale).quantize(colors=64, dither=Image.Dither.NONE) for image in frames]
+    buffer = io.BytesIO()
+    duration = max(20, round(100 / fps) * 10)
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
+    write_files({pathlib.Path(path): buffer.getvalue()})
+
+
+def write_png(path: Path, image: np.ndarray, scale: int = 1) -> None:
+    """One picture, uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    _picture(image, scale).save(buffer, "PNG", optimize=True)
+    write_files({pathlib.Path(path): buffer.getvalue()})
+
+
+def contact_sheet(frames: np.ndarray, count: int = 5, gap: int = 2) -> np.ndarray:
+    """`count` frames spread over the video, side by side on white: uint8 [H, W', 3]."""
+    chosen = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    space = np.full((frames.shape[1], gap, 3), 255, np.uint8)
+    parts = [part for image in chosen for part in (image, space)]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def write_files(contents: Mapping[pathlib.Path, bytes]) -> None:
+    """Writes several files so that each appears whole, and none appears unless all could be written.
+
+    Raises:
+        UserError: one could not be written (disk full, no permission, …).
+    """
+    written: list[tuple[str, pathlib.Path]] = []
+    path = pathlib.Path()
+    try:
+        for path, data in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
+            written.append((temporary, path))
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        for temporary, path in written:
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} cannot be written: {reason}; free space or choose another place") from error
+    finally:
+        for temporary, _ in written:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _check(frames: np.ndarray, fps: float) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [F, H, W, 3] with F at least 1")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise UserError(f"frames are {frames.shape[1]}x{frames.shape[2]}; H.264 needs an even height and width")
+    if not 0 < fps <= 1000:
+        raise UserError(f"fps is {fps}; give a number above 0 and at most 1000")
+
+
+def _to_yuv(rgb: av.VideoFrame) -> av.VideoFrame:
+    return rgb.reformat(
+        format="yuv420p",
+        src_colorspace=Colorspace.ITU709,
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        interpolation="BICUBIC",
+    )
+
+
+def _picture(image: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(np.repeat(np.repeat(image, scale, axis=0), scale, axis=1))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    name = os.fspath(path)
+    try:
+        with av.open(name) as container:
+            yield container
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file; give the path of a video") from None
+    except av.error.FFmpegError as error:
+        raise UserError(f"{name} cannot be read as a video ({error.strerror}); give an mp4 file") from error
