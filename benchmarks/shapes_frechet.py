@@ -30,7 +30,7 @@ FEATURES = {
     "circle_misfit": (0.25, 0.1),  # square roots of the silhouette's distances
     "square_misfit": (0.25, 0.1),
     "triangle_misfit": (0.3, 0.1),
-    "softness": (1.0, 1.0),  # width of the half-covered rim: its pixels over four times the square root of the area
+    "softness": (1.0, 2.0),  # width of the half-covered rim: its pixels over four times the square root of the area
     "middle_x": (32.0, 10.0),  # centre of the path
     "middle_y": (32.0, 10.0),
     "travel_x": (0.0, 16.0),  # from the first to the last fifth of the frames

@@ -5,7 +5,7 @@
 samples prompts whose wording training never showed, and prints how often colour, shape and direction are right (with
 Wilson's 95 % interval), how smooth the motion is and how far the videos are from real ones. The same judge is run on
 real videos and on the autoencoder's reconstructions of them, so that its own mistakes are seen beside the model's.
-A JSON file and a contact sheet go to --out. About 10 minutes on two CPU cores, half a minute on a GPU.
+A JSON file and a contact sheet (PNG) go to --out. Takes a few minutes on two CPU cores.
 """
 
 import argparse

@@ -43,6 +43,7 @@ class CommandLine:
     """A parsed command line. `overrides` are the --config.KEY values in their own types, already set in `config`."""
 
     config: ml_collections.ConfigDict
+    config_file: str | None
     overrides: dict[str, Any]
     options: dict[str, Any]
 
@@ -62,19 +63,26 @@ def make_config(keys: Iterable[Key], **values: Any) -> ml_collections.ConfigDict
     return config
 
 
-def parse(argv: Sequence[str], *, default_config: str, options: Mapping[str, Option]) -> CommandLine:
+def parse(
+    argv: Sequence[str],
+    *,
+    default_config: str,
+    options: Mapping[str, Option],
+    other_names: Mapping[str, str] | None = None,
+) -> CommandLine:
     """Reads a command line.
 
     Args:
         argv: without the program's name.
         default_config: the config file without --config.
         options: name (without dashes) -> Option.
+        other_names: what similar programs call an option -> what to write here; for error messages.
 
     Raises:
         UserError: an unknown option or key, a value of the wrong type, a config file that does not load.
         HelpAsked: --help or -h is there.
     """
-    file, texts, found = default_config, {}, {}
+    file, texts, found = None, {}, {}
     rest = list(argv)
     while rest:
         name, has_value, text = rest.pop(0).partition("=")
@@ -94,14 +102,14 @@ def parse(argv: Sequence[str], *, default_config: str, options: Mapping[str, Opt
                 raise UserError(f"{name} takes no value; write {name} alone")
             found[name[2:]] = text if takes_value else True
         else:
-            texts_known = [f"--{option}" for option in options] + ["--config", "--help"]
-            raise UserError(_unknown_option(name, texts_known, load_config(default_config)))
-    config = load_config(file)
+            known = [f"--{option}" for option in options] + ["--config", "--help"]
+            raise UserError(_unknown_option(name, known, load_config(default_config), other_names or {}))
+    config = load_config(file or default_config)
     overrides = {}
     for name, text in texts.items():
         overrides[name] = parse_value(config, name, text)
         set_key(config, name, overrides[name])
-    return CommandLine(config, overrides, found)
+    return CommandLine(config, file, overrides, found)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -167,8 +175,7 @@ def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> Any:
     holder, last = _holder(config, name)
     wanted = holder.get_type(last)
     if issubclass(wanted, ml_collections.ConfigDict):
-        inner = next(iter(holder[last]))
-        raise UserError(f"config.{name} is a group of keys; set one of them, such as config.{name}.{inner}")
+        raise UserError(f"config.{name} is a group of keys; set one of them, as in config.{name}.KEY=VALUE")
     # A text may really be "None": it means no value only where there is none now.
     if text == "None" and (holder[last] is None or wanted in (int, float, tuple)):
         return None
@@ -208,7 +215,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict, str]:
     *groups, last = name.split(".")
-    holder = config
+    holder: Any = config
     for i, part in enumerate([*groups, last]):
         if not isinstance(holder, ml_collections.ConfigDict) or part not in holder:
             known = holder.keys() if isinstance(holder, ml_collections.ConfigDict) else []
@@ -229,8 +236,12 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
     return tuple(part.strip() for part in text.split(","))  # bare words, such as file names
 
 
-def _unknown_option(name: str, options: Sequence[str], config: ml_collections.ConfigDict) -> str:
+def _unknown_option(
+    name: str, options: Sequence[str], config: ml_collections.ConfigDict, other_names: Mapping[str, str]
+) -> str:
     bare = name.lstrip("-").replace("-", "_")
+    if name.startswith("-") and bare in other_names:
+        return f"unknown option {name}; write {other_names[bare]}"
     if bare in config:
         return f"unknown option {name}; did you mean --config.{bare}=VALUE?"
     if not name.startswith("-"):

@@ -27,6 +27,7 @@ KEYS = (
     Key("guidance_scale", float, "classifier-free guidance; 1 turns it off"),
     Key("shift", float, "time shift of the noise levels"),
     Key("denoising_step_list", tuple, "timesteps of a step-distilled model, such as 1000,750,500,250"),
+    Key("warp_denoising_step", bool, "whether shift is still to be applied to that list"),
     Key("seed", 0, "0 to 4294967295; -1 draws one"),
     Key("num_videos", 1, "videos for each prompt, with seeds seed, seed + 1, …"),
     Key("output", "outputs/", "an .mp4 file, or a folder in which files are named by prompt and seed"),

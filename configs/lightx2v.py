@@ -1,7 +1,7 @@
 """LightX2V's own JSON files: `python -m infer --config=configs/lightx2v.py:FILE.json --config.checkpoint=… `.
 
-Comments (// and /* */) and trailing commas are allowed. Settings that mean the same here are taken over, those that only
-steer LightX2V's CUDA code are named in a warning and ignored, contradictions and unknown keys are refused.
+Comments (// and /* */) and trailing commas are allowed. Settings that mean the same here are taken over, those that
+only steer LightX2V's CUDA code are named in a warning and ignored, contradictions and unknown keys are refused.
 
 Hardware and time: those of the model that the file configures; not measured here.
 Result: the request that the JSON describes. Its model_path must be a checkpoint that `python -m convert` made.
@@ -49,8 +49,8 @@ _IGNORED = {
     "how LightX2V runs on CUDA": (
         "self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type", "attention_type", "cpu_offload", "offload_ratio",
         "offload_granularity", "lazy_load", "num_disk_workers", "max_memory", "unload_modules", "t5_cpu_offload",
-        "t5_offload_granularity", "rotary_chunk", "rotary_chunk_size", "clean_cuda_cache", "use_bfloat16", "do_mm_calib",
-        "parallel_attn_type", "parallel_vae", "max_area", "window_size", "vae_stride", "patch_size",
+        "t5_offload_granularity", "rotary_chunk", "rotary_chunk_size", "clean_cuda_cache", "use_bfloat16",
+        "do_mm_calib", "parallel_attn_type", "parallel_vae", "max_area", "window_size", "vae_stride", "patch_size",
         "num_channels_latents", "sub_servers",
     ),
     "weights in 8 bits (they travel with the checkpoint here, so this run is as exact as the checkpoint is)": (
@@ -66,7 +66,7 @@ _AUTOREGRESSIVE = ("num_fragments", "num_frames", "num_frame_per_block", "num_bl
 _MODEL_CLASSES = ("wan2.1", "wan2.1_distill")
 
 
-def get_config(path: str):
+def get_config(path: str = ""):
     """The config that LightX2V's JSON file `path` describes.
 
     Raises:
@@ -97,8 +97,8 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     if steps is not None and values.get("feature_caching", "NoCaching") != "NoCaching":
         raise UserError(
-            f"feature_caching is {values['feature_caching']!r} beside a denoising_step_list, whose few steps have nothing "
-            "to reuse; set it to 'NoCaching'"
+            f"feature_caching is {values['feature_caching']!r} beside a denoising_step_list, whose few steps have "
+            "nothing to reuse; set it to 'NoCaching'"
         )
     _warn_ignored(values)
     ours = {_SAME[key]: value for key, value in values.items() if key in _SAME and value not in (None, "")}
@@ -157,8 +157,8 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     autoregressive = [key for key in _AUTOREGRESSIVE if key in values]
     if autoregressive:
         raise UserError(
-            f"{', '.join(autoregressive)}: settings of autoregressive models (wan2.1_causvid), which this pipeline does "
-            "not sample; use a step-distilled or base model's file"
+            f"{', '.join(autoregressive)}: settings of autoregressive models (wan2.1_causvid), which this pipeline "
+            "does not sample; use a step-distilled or base model's file"
         )
     known = [*_SAME, *_READ, "enable_dynamic_cfg", *(key for keys in _IGNORED.values() for key in keys)]
     for key in values:
@@ -175,8 +175,8 @@ def _check_model(values: Mapping[str, Any]) -> None:
         raise UserError(f"model_cls is {model!r}; this project runs {' and '.join(_MODEL_CLASSES)}")
     if model == "wan2.1" and steps is not None:
         raise UserError(
-            "model_cls is 'wan2.1' beside a denoising_step_list, which that class ignores; set 'wan2.1_distill' or take "
-            "the list out"
+            "model_cls is 'wan2.1' beside a denoising_step_list, which that class ignores; set 'wan2.1_distill' or "
+            "take the list out"
         )
     if model == "wan2.1_distill" and steps is None:
         raise UserError("model_cls is 'wan2.1_distill' without its denoising_step_list, such as [1000, 750, 500, 250]")

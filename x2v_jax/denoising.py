@@ -1,7 +1,7 @@
 """Noise to latents with a WanModel: guidance, both samplers, and two drivers of one step function.
 
-Without a callback the whole sampling is one compiled program (few steps unrolled, many scanned). With one, the same step
-is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
+Without a callback the whole sampling is one compiled program (few steps unrolled, many scanned). With one, the same
+step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
 """
 
 import functools
@@ -53,7 +53,7 @@ class Denoiser:
         self._unipc_all = jax.jit(self._unipc_all_fn, donate_argnums=(2,))
         self._step_noise = jax.jit(noise.step_noise, static_argnames="shape")
 
-    def step_distill(
+    def sample_step_distill(
         self,
         params: functional.Params,
         conditions: Conditions,
@@ -81,7 +81,7 @@ class Denoiser:
             on_step(i, count, jax.block_until_ready(latents))
         return latents
 
-    def unipc(
+    def sample_unipc(
         self,
         params: functional.Params,
         conditions: Conditions,
@@ -89,7 +89,7 @@ class Denoiser:
         table: unipc.Coefficients,
         on_step: OnStep | None = None,
     ) -> Latents:
-        """UniPC with the coefficients of `table`. `initial` is donated. on_step: as in `step_distill`."""
+        """UniPC with the coefficients of `table`. `initial` is donated. on_step: as in `sample_step_distill`."""
         if on_step is None:
             return self._unipc_all(params, conditions, initial, table)
         state, count = unipc.init_state(initial), len(table.sigma)

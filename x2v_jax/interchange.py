@@ -1,6 +1,6 @@
 """Tensors exchanged with other implementations, so that two of them can be compared from the same noise and text.
 
-Files are safetensors with channels first, as PyTorch programs write them; arrays returned are channels last. No jax import.
+Files are safetensors with channels first, as PyTorch programs write them; arrays here are channels last. No jax import.
 """
 
 import os
@@ -55,8 +55,8 @@ def read_text_embeddings(path: Path, text_len: int, text_dim: int) -> dict[str, 
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2 or tensor.shape[1] != text_dim or not 1 <= tensor.shape[0] <= text_len:
             raise UserError(
-                f"text_embeddings: {name} of {path} is {list(tensor.shape)}; this model takes [L, {text_dim}] with L from "
-                f"1 to {text_len}"
+                f"text_embeddings: {name} of {path} is {list(tensor.shape)}; this model takes [L, {text_dim}] with L "
+                f"from 1 to {text_len}"
             )
         result[name] = np.zeros((text_len, text_dim), np.float32)
         result[name][: tensor.shape[0]] = _values(tensors, name, path, tensor.shape)

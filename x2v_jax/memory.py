@@ -1,4 +1,4 @@
-"""How much memory a run takes: predicted from sizes before anything is loaded, and read afterwards. No jax import at top.
+"""How much memory a run takes: predicted from sizes before anything is loaded, read afterwards.
 
 Weights are counted exactly. Activations are estimated with factors that were fitted to what XLA reports for compiled
 programs (`tests/test_pipeline.py` holds the prediction against such reports); they are a guide, not a promise.
@@ -16,6 +16,7 @@ import numpy as np
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
+DTYPES = ("bfloat16", "float32")
 DECODE_METHODS = ("auto", "whole", "stream", "tiled")
 # The VAE works in pieces where the whole would take more activations than this.
 WHOLE_LIMIT = 1 << 30
@@ -71,8 +72,8 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
     stored = np.dtype(stored)
     if stored not in _FLOATS:
         raise UserError(
-            f"{component}: {name} is stored as {stored.name}, which this pipeline does not run; convert the checkpoint from "
-            "its bfloat16 or float32 weights"
+            f"{component}: {name} is stored as {stored.name}, which this pipeline does not run; convert the checkpoint "
+            "from its bfloat16 or float32 weights"
         )
     if dtype == "float32" or component == "vae":
         return np.dtype(np.float32)

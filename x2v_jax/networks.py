@@ -61,7 +61,9 @@ class Network:
         """
         if self._params is None:
             placed = {name: self._place(name, tensor) for name, tensor in self._tensors.items()}
-            self._params = jax.block_until_ready(functional.unflatten(placed))
+            params = functional.unflatten(placed)
+            self._params = jax.block_until_ready(params)
+            return params
         return self._params
 
     def release(self) -> None:

@@ -8,14 +8,13 @@ import dataclasses
 import difflib
 import os
 import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, UInt8
 
 from x2v_jax import interchange, memory
@@ -26,13 +25,11 @@ from x2v_jax.errors import UserError
 from x2v_jax.image import load_image
 from x2v_jax.models import functional
 from x2v_jax.networks import Network
+from x2v_jax.prompts import PromptEncoder
 from x2v_jax.request import Request, latent_shape, resolve
-from x2v_jax.tokenizer import Tokenizer
 from x2v_jax.vae_runner import DecodeMethod, VaeRunner
 
 Frames = UInt8[np.ndarray, "f h w 3"]
-_DTYPES = ("bfloat16", "float32")
-_CACHED_PROMPTS = 256  # of 8 MB each at full size, on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Pipeline:
         self,
         checkpoint: store.NativeCheckpoint,
         *,
-        dtype: str = "bfloat16",
+        dtype: DTypeLike = "bfloat16",
         loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
         keep_encoders: bool = False,
         allow_mismatch: bool = False,
@@ -73,8 +70,9 @@ class Pipeline:
         vae_decode: DecodeMethod = "auto",
     ):
         """See `from_checkpoint`."""
-        if dtype not in _DTYPES:
-            raise UserError(f"dtype is {dtype!r}; give {' or '.join(_DTYPES)}")
+        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        if dtype not in memory.DTYPES:
+            raise UserError(f"dtype is {dtype!r}; give {' or '.join(memory.DTYPES)}")
         if vae_decode not in memory.DECODE_METHODS:
             raise UserError(f"vae_decode is {vae_decode!r}; give one of {', '.join(memory.DECODE_METHODS)}")
         self.checkpoint = checkpoint
@@ -88,10 +86,9 @@ class Pipeline:
         self._networks = self._describe_networks(loras)
         self._denoiser: Denoiser | None = None
         self._vae: VaeRunner | None = None
-        self._encode_text = jax.jit(lambda params, ids, mask: self._merged("text_encoder", params)(ids, mask))
-        self._encode_image = jax.jit(lambda params, pixels: self._merged("image_encoder", params)(pixels))
-        self._texts: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._tokenizer: Tokenizer | None = None
+        self._prompt_encoder: PromptEncoder | None = None
+        self._encode_image = jax.jit(self._encode_image_fn)
+        self._image: tuple[tuple[Any, Any], np.ndarray] | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -125,6 +122,13 @@ class Pipeline:
     def resolve(self, request: Request) -> Request:
         """`request.resolve` with this pipeline's checkpoint and settings."""
         return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=self.allow_mismatch)
+
+    def output_size(self, request: Request) -> tuple[int, int, int]:
+        """Frames, height and width in pixels of the video that a resolved request gives."""
+        _, height, width, _ = self._latent_shape(request)
+        stride = self._network("vae").config.spatial_stride
+        assert request.num_frames is not None  # resolved
+        return request.num_frames, height * stride, width * stride
 
     def plan(self, request: Request) -> memory.MemoryPlan:
         """The memory that a resolved request will take, worked out before anything is loaded."""
@@ -162,8 +166,8 @@ class Pipeline:
 
         Args:
             request: resolved or not.
-            on_step: called after each denoising step with (step from 0, number of steps, latents on the device). Without
-                it all steps run as one program. An exception from it ends the run.
+            on_step: called after each denoising step with (step from 0, number of steps, latents on the device).
+                Without it all steps run as one program. An exception from it ends the run.
 
         Raises:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
@@ -193,34 +197,36 @@ class Pipeline:
     def _latents(self, request: Request, clock: "_Clock", on_step: OnStep | None) -> Array:
         conditions = self._conditions(request, clock)
         self._release_encoders()
-        shape = self._latent_shape(request)
-        key = jax.random.key(request.seed)  # type: ignore[arg-type]  # resolved
-        initial, renoise = self._noise(request, shape, key)
         with clock("load"):
             params = self._network("transformer").load()
         with clock("denoise"):
+            initial, renoise = self._noise(request)
             denoiser = self._denoiser_()
             if request.denoising_step_list is not None:
                 assert request.shift is not None  # resolved
                 sigmas = step_distill.step_sigmas(
                     request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step)
                 )
-                latents = denoiser.step_distill(params, conditions, initial, sigmas, renoise, on_step)
+                latents = denoiser.sample_step_distill(params, conditions, initial, sigmas, renoise, on_step)
             else:
                 assert request.num_inference_steps and request.shift  # resolved
                 table = unipc.unipc_table(request.num_inference_steps, request.shift)
-                latents = denoiser.unipc(params, conditions, initial, table, on_step)
+                latents = denoiser.sample_unipc(params, conditions, initial, table, on_step)
             if request.pin_first_frame and conditions.image_latents is not None:
                 latents = image_condition.pin_first_frame(latents, conditions.image_latents)
             finite = bool(jnp.isfinite(latents).all())
         if not finite:
             raise UserError(
-                "the latents hold NaN or infinity after denoising: the checkpoint's weights are damaged, or overflow in "
-                f"{self.dtype}; convert it again, or set dtype to 'float32'"
+                "the latents hold NaN or infinity after denoising: the checkpoint's weights are damaged, or overflow "
+                f"in {self.dtype}; convert it again, or set dtype to 'float32'"
             )
         return latents
 
-    def _noise(self, request: Request, shape: tuple[int, ...], key: Any) -> tuple[Array, Any]:
+    def _noise(self, request: Request) -> tuple[Array, Any]:
+        """What to start from, and the noise to add between steps or the key that gives it."""
+        shape = self._latent_shape(request)
+        assert request.seed is not None  # resolved
+        key = jax.random.key(request.seed)
         if request.initial_noise is None:
             return noise.initial_noise(key, (1, *shape)), key
         steps = len(request.denoising_step_list) if request.denoising_step_list is not None else None
@@ -245,71 +251,38 @@ class Pipeline:
         scale = np.float32(request.guidance_scale or 1.0)
         if self.checkpoint.task != "i2v":
             return Conditions(text, scale)
-        image = load_image(request.image)
+        image = self._load_image(request.image)
         with clock("load"):
             params = self._network("image_encoder").load()
             self._network("vae").load()
         with clock("image"):
             pixels = image_condition.clip_pixels(image, self._network("image_encoder").config.image_size)
             features = self._encode_image(params, pixels[None])
-            _, height, width, _ = self._latent_shape(request)
-            vae = self._network("vae").config
-            assert request.num_frames is not None  # resolved
+            num_frames, height, width = self.output_size(request)
             given_latents = image_condition.image_condition(
                 self._vae_runner().encode,
                 image,
-                height=height * vae.spatial_stride,
-                width=width * vae.spatial_stride,
-                num_frames=request.num_frames,
-                temporal_stride=vae.temporal_stride,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+                temporal_stride=self._network("vae").config.temporal_stride,
             )
             return Conditions(text, scale, features, jax.block_until_ready(given_latents)[None])
 
     def _texts_of(self, prompts: Sequence[str], clock: "_Clock") -> list[np.ndarray]:
-        """Embeddings [text_len, D] of each prompt, zero past its end; the encoder is loaded only for new ones."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if missing:
-            with clock("load"):
-                params = self._network("text_encoder").load()
-                tokenizer = self._load_tokenizer()
-            with clock("text"):
-                for prompt in missing:
-                    count = tokenizer.num_tokens(prompt)
-                    if count > tokenizer.text_len:
-                        warnings.warn(
-                            f"prompt of {count} tokens is cut to the {tokenizer.text_len} that the model reads",
-                            stacklevel=2,
-                        )
-                    self._texts[prompt] = np.asarray(self._encode_text(params, *tokenizer([prompt]))[0])
-        for prompt in prompts:
-            self._texts.move_to_end(prompt)
-        found = [self._texts[prompt] for prompt in prompts]
-        while len(self._texts) > _CACHED_PROMPTS:
-            self._texts.popitem(last=False)
-        return found
-
-    def _load_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            file = self.checkpoint.tokenizer_file()
-            if file is None:
-                raise UserError(f"{self.checkpoint.path} has no tokenizer; convert it again, or give text_embeddings")
-            tokenizer = Tokenizer.from_file(file, self._network("transformer").config.text_len)
-            rows = self._network("text_encoder").config.vocab_size
-            if tokenizer.vocab_size > rows:
-                raise UserError(
-                    f"the tokenizer {file} knows {tokenizer.vocab_size} tokens and the text encoder {rows}; they belong to "
-                    "different models, convert the checkpoint again with the right tokenizer.json"
-                )
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        if self._prompt_encoder is None:
+            text_len = self._network("transformer").config.text_len
+            self._prompt_encoder = PromptEncoder(self.checkpoint, self._network("text_encoder"), text_len)
+        return self._prompt_encoder(prompts, clock)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         frames, height, width, channels = latent_shape(request, self.checkpoint)
         if self.checkpoint.task == "i2v":
             assert request.height and request.width  # resolved
-            pixels = load_image(request.image).shape
+            pixels = self._load_image(request.image).shape
             height, width = image_condition.latent_size(
-                *pixels[:2],
+                pixels[0],
+                pixels[1],
                 request.height * request.width,
                 spatial_stride=self._network("vae").config.spatial_stride,
                 patch_size=self._network("transformer").config.patch_size,
@@ -336,8 +309,16 @@ class Pipeline:
             )
         return self._networks[name]
 
-    def _merged(self, name: str, params: functional.Params) -> Any:
-        return functional.merge(self._networks[name].graphdef, params)
+    def _encode_image_fn(self, params: functional.Params, pixels: Array) -> Array:
+        return functional.merge(self._network("image_encoder").graphdef, params)(pixels)
+
+    def _load_image(self, source: Any) -> np.ndarray:
+        """The picture of a request; the last one is remembered, because size, condition and CLIP each ask for it."""
+        is_path = isinstance(source, str | os.PathLike)
+        key = (os.fspath(source), os.stat(source).st_mtime_ns) if is_path else (id(source), source)
+        if self._image is None or self._image[0][0] != key[0] or (is_path and self._image[0] != key):
+            self._image = (key, load_image(source))
+        return self._image[1]
 
     def _denoiser_(self) -> Denoiser:
         if self._denoiser is None:

@@ -77,7 +77,7 @@ class Model(Protocol):
     """What `resolve` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
 
     @property
-    def task(self) -> str: ...
+    def task(self) -> str | None: ...
     @property
     def variant(self) -> str: ...
     @property
@@ -142,9 +142,11 @@ def _fill(request: Request, schedule: Schedule) -> Request:
         guidance = 1.0 if steps is not None else schedule.guidance_scale
     count = _or(request.num_inference_steps, _unipc_steps(schedule)) if steps is None else len(steps)
     negative = request.negative_prompt
+    if negative is None:
+        negative = schedule.negative_prompt if guidance != 1.0 else ""
     return dataclasses.replace(
         request,
-        negative_prompt=schedule.negative_prompt if negative is None else negative,
+        negative_prompt=negative,
         height=_or(request.height, schedule.height),
         width=_or(request.width, schedule.width),
         num_frames=_or(request.num_frames, schedule.num_frames),
@@ -293,7 +295,7 @@ def _task_problems(request: Request, model: Model) -> list[str]:
         )
     if steps is not None and request.is_guided and not model.schedule.is_distilled:
         problems.append(
-            f"guidance_scale is {request.guidance_scale:g} with a denoising_step_list, and that sampler has no guidance; "
+            f"guidance_scale is {request.guidance_scale:g} with a denoising_step_list, whose sampler has none; "
             "leave one of the two out"
         )
     return problems

@@ -9,15 +9,16 @@ import io
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import av
+import av.error
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from x2v_jax.checkpoint.complete_file import complete_file
 from x2v_jax.errors import UserError
 
 Path = str | os.PathLike[str]
@@ -137,38 +138,18 @@ def contact_sheet(frames: np.ndarray, count: int = 5, gap: int = 2) -> np.ndarra
 
 
 def write_files(contents: Mapping[pathlib.Path, bytes]) -> None:
-    """Writes several files so that each appears whole, and none appears unless all could be written.
+    """Writes files so that each appears whole, and none appears unless all could be written. Makes missing folders.
 
     Raises:
         UserError: one could not be written (disk full, no permission, …).
     """
-    written: list[tuple[str, pathlib.Path]] = []
-    path = pathlib.Path()
-    try:
+    with contextlib.ExitStack() as stack:
         for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
-            written.append((temporary, path))
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
-        for temporary, path in written:
-            os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written: {reason}; free space or choose another place") from error
-    finally:
-        for temporary, _ in written:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
+            stack.enter_context(complete_file(path, len(data))).write_at(0, data)
 
 
 def _check(frames: np.ndarray, fps: float) -> None:

@@ -16,13 +16,13 @@ from benchmarks.shapes_judge import Verdict
 from benchmarks.shapes_report import contact_sheet, sheet_rows, table
 from benchmarks.shapes_sampling import ShapesModel
 from train.data.shapes_tokenizer import TEXT_LEN, write_tokenizer
-from x2v_jax import Pipeline
 from x2v_jax.checkpoint.store import open_checkpoint, save_native
 from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import flatten, split
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
+from x2v_jax.pipeline import Pipeline
 from x2v_jax.request import Request, resolve
 
 PROMPTS = ["a red circle moves left", "the blue square slides up", "one green triangle drifts down"]
@@ -163,7 +163,11 @@ def test_the_sheet_shows_failures_and_not_only_successes():
 
 def test_the_sheet_marks_each_row():
     seen = Verdict("red", "circle", "left", True, 0.01, 0.1, 0.01)
-    verdicts = [seen, dataclasses.replace(seen, direction="none"), dataclasses.replace(seen, found=False)]
+    verdicts = [
+        seen,
+        dataclasses.replace(seen, direction="none"),
+        Verdict("none", "none", "none", False, 1.0, np.nan, np.nan),
+    ]
     videos = [np.full((5, 64, 64, 3), 128, np.uint8)] * 3
     png = contact_sheet(videos, ["a red circle moves left"] * 3, [("red", "circle", "left")] * 3, verdicts)
     marks = np.asarray(Image.open(io.BytesIO(png)))[:, :18].astype(int)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from x2v_jax.models.config import VaeConfig
-from x2v_jax.models.functional import abstract, parameter_count, split
+from x2v_jax.models.functional import abstract, merge, parameter_count, split
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.vae_blocks import _conv3d, _conv3d_as_2d
 from x2v_jax.models.vae_tiling import decode_in_chunks, decode_tiled
@@ -17,7 +17,9 @@ CONFIG = VaeConfig(dim=4, num_res_blocks=1)
 
 @pytest.fixture(scope="module")
 def vae() -> WanVae:
-    return WanVae(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, _ = abstract(lambda: WanVae(CONFIG, rngs=nnx.Rngs(0)))
+    # One compiled program makes all parameters; made one by one they take much longer.
+    return merge(graphdef, jax.jit(lambda: split(WanVae(CONFIG, rngs=nnx.Rngs(0)))[1])())
 
 
 @pytest.fixture(scope="module")
@@ -31,39 +33,39 @@ def latents() -> jax.Array:
 
 
 def test_encoding_in_chunks_equals_encoding_the_whole(vae: WanVae, video: jax.Array):
-    whole = vae.encode(video)
+    whole = jax.jit(vae.encode)(video)
     assert whole.shape == (1, 4, 2, 3, 16)
-    first, cache = vae.encode_chunk(video[:, :1])
-    second, cache = vae.encode_chunk(video[:, 1:5], cache)
-    third, _ = vae.encode_chunk(video[:, 5:], cache)
+    first, cache = jax.jit(vae.encode_chunk)(video[:, :1])
+    second, cache = jax.jit(vae.encode_chunk)(video[:, 1:5], cache)
+    third, _ = jax.jit(vae.encode_chunk)(video[:, 5:], cache)
     np.testing.assert_allclose(jnp.concatenate([first, second, third], 1), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("frames_per_chunk", [1, 2, 3])
 def test_decoding_in_chunks_equals_decoding_the_whole(vae: WanVae, latents: jax.Array, frames_per_chunk: int):
-    whole = vae.decode(latents)
+    whole = jax.jit(vae.decode)(latents)
     assert whole.shape == (1, 13, 32, 32, 3)
-    pieces = list(decode_in_chunks(vae.decode_chunk, np.asarray(latents), frames_per_chunk))
+    pieces = list(decode_in_chunks(jax.jit(vae.decode_chunk), np.asarray(latents), frames_per_chunk))
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
 
 
 def test_a_single_frame_is_coded_alone(vae: WanVae, video: jax.Array):
-    latent = vae.encode(video[:, :1])
-    np.testing.assert_allclose(latent, vae.encode(video)[:, :1], atol=1e-6)
-    assert vae.decode(latent).shape == (1, 1, 16, 24, 3)
+    latent = jax.jit(vae.encode)(video[:, :1])
+    np.testing.assert_allclose(latent, jax.jit(vae.encode)(video)[:, :1], atol=1e-6)
+    assert jax.eval_shape(vae.decode, latent).shape == (1, 1, 16, 24, 3)
 
 
 def test_no_gradient_flows_from_a_latent_frame_to_later_pixels(vae: WanVae, video: jax.Array):
     def second_latent(video: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(vae.encode(video)[:, 1]))
 
-    gradient = jax.grad(second_latent)(video)
+    gradient = jax.jit(jax.grad(second_latent))(video)
     assert jnp.all(gradient[:, 5:] == 0)
     assert jnp.any(gradient[:, 1:5] != 0)
 
 
 def test_no_gradient_flows_from_a_pixel_to_later_latent_frames(vae: WanVae, latents: jax.Array):
-    gradient = jax.grad(lambda z: jnp.sum(jnp.square(vae.decode(z)[:, 1:5])))(latents * 0.1)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(jnp.square(vae.decode(z)[:, 1:5]))))(latents * 0.1)
     assert jnp.all(gradient[:, 2:] == 0)
     assert jnp.any(gradient[:, 1] != 0)
 
@@ -102,9 +104,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
 
 
 def test_bfloat16_stays_close_to_float32(vae: WanVae, latents: jax.Array):
-    import x2v_jax.models.functional as functional
-
     graphdef, _ = abstract(lambda: WanVae(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    half = functional.merge(graphdef, split(vae)[1])
-    difference = half.decode(latents) - vae.decode(latents)
+    half = merge(graphdef, split(vae)[1])
+    difference = jax.jit(half.decode)(latents) - jax.jit(vae.decode)(latents)
     assert float(jnp.sqrt(jnp.mean(difference**2))) < 0.02

@@ -233,13 +233,14 @@ def _size(vm: Interpreter, arguments: tuple) -> tuple:
 def _device(vm: Interpreter, arguments: tuple) -> str:
     if len(arguments) not in (1, 2) or type(arguments[0]) is not str or not all(map(is_count, arguments[1:])):
         _wrong_arguments(vm, "torch.device")
+    vm.charge(len(arguments[0]) // 64)
     return ":".join(map(str, arguments))
 
 
 def _path(vm: Interpreter, arguments: tuple) -> str:
-    if len(arguments) > MAX_AXES or not all(type(part) is str and len(part) < 4096 for part in arguments):
+    if len(arguments) > MAX_AXES or not all(type(part) is str for part in arguments):
         _wrong_arguments(vm, "pathlib.Path")
-    vm.charge(MAX_AXES)
+    vm.charge(sum(map(len, arguments)) // 64)
     return "/".join(arguments).replace("//", "/")
 
 

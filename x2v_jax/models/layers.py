@@ -29,8 +29,11 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
+        # One matrix of rows: with batch axes kept, XLA's CPU backend transposes element by element in the gradient (3 x).
+        y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), kernel)
+        y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nnx.Module):

@@ -1,0 +1,56 @@
+"""python -m convert wan|inspect|export: parse, call, report. The work is in x2v_jax.checkpoint."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+
+from convert.arguments import options, parse
+from x2v_jax.errors import UserError
+
+Work = Callable[[Callable[[int, int], None]], tuple[str, ...]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    # A polite kill unwinds the stack, so that unfinished output is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        args = parse(arguments)
+        if args.command == "inspect":
+            from convert.memory import COUNTED, phases
+            from x2v_jax.checkpoint.inspect import inspect, to_text
+
+            found = inspect(args.path, phases)
+            print(json.dumps(found.to_dict(), indent=2) if args.json else to_text(found, COUNTED))
+        elif args.command == "wan":
+            from x2v_jax.checkpoint.convert import convert
+
+            _run(lambda progress: convert(args.source, args.destination, options(args), progress), args.destination)
+        else:
+            from x2v_jax.checkpoint.export import export
+
+            _run(lambda progress: export(args.checkpoint, args.destination, args.layout, progress), args.destination)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left at the destination", file=sys.stderr)
+        return 130
+
+
+def _run(work: Work, destination: str) -> None:
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        notes = work(progress)
+    print("\n".join([*(f"note: {note}" for note in notes), f"wrote {destination}"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

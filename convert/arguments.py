@@ -1,0 +1,104 @@
+"""The command line of `python -m convert`. Imports nothing heavy: help and mistakes answer at once."""
+
+import argparse
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from x2v_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from x2v_jax.checkpoint.convert import Options
+
+VARIANTS = ("base", "distill", "causvid", "self_forcing")
+COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+LAYOUTS = ("wan", "lightx2v", "diffusers")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: it is not understood.
+    """
+    parser = _Parser(prog="python -m convert", description="Published Wan2.1 checkpoints to this project's and back.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_wan(commands)
+    inspect = commands.add_parser("inspect", help="tell what a file or folder holds")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    export = commands.add_parser("export", help="write a converted checkpoint back in a published layout, bit exact")
+    export.add_argument("checkpoint", metavar="CKPT")
+    export.add_argument("destination", metavar="DST")
+    export.add_argument("--layout", required=True, choices=LAYOUTS)
+    return parser.parse_args(arguments)
+
+
+def _add_wan(commands: Any) -> None:
+    wan = commands.add_parser(
+        "wan",
+        help="convert an official, LightX2V, diffusers or trainer's checkpoint",
+        description="Converts a Wan2.1 checkpoint in any published layout: folder, single file, or shards.",
+    )
+    wan.add_argument("source", metavar="SRC", help="folder or file")
+    wan.add_argument("destination", metavar="DST", help="folder to make; it appears when it is complete")
+    wan.add_argument("--variant", choices=VARIANTS, help="which transformer, where SRC holds several")
+    wan.add_argument("--component", action="append", choices=COMPONENTS, default=[], help="only this one (repeatable)")
+    wan.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the weights (default: as they are)")
+    wan.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", default=[], help="merge it in (repeatable)")
+    wan.add_argument("--allow-partial", action="store_true", help="merge what fits of a LoRA and report the rest")
+    wan.add_argument("--schedule", metavar="NAME|JSON|FILE", help="sampling settings, or fields of them as JSON")
+    wan.add_argument("--reuse", metavar="CKPT", help="share text encoder, VAE and tokenizer of a converted checkpoint")
+    form = "COMPONENT.FIELD=VALUE"
+    wan.add_argument("--set", action="append", metavar=form, default=[], help="a size that no file tells (repeatable)")
+    wan.add_argument("--allow-nonfinite", action="store_true", help="keep NaN and infinity in the weights")
+    wan.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint at DST")
+
+
+def options(args: argparse.Namespace) -> "Options":
+    """The library's options for `wan`."""
+    from x2v_jax.checkpoint.convert import Options
+    from x2v_jax.checkpoint.lora import parse_lora_argument
+
+    return Options(
+        variant=args.variant,
+        components=tuple(dict.fromkeys(args.component)),
+        dtype=args.dtype,
+        loras=tuple(parse_lora_argument(text) for text in args.lora),
+        allow_partial=args.allow_partial,
+        schedule=args.schedule,
+        reuse=args.reuse,
+        overwrite=args.overwrite,
+        allow_nonfinite=args.allow_nonfinite,
+        settings=settings(args.set),
+        command=shlex.join(["python", "-m", "convert", *sys.argv[1:]]),
+    )
+
+
+def settings(assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """Reads `--set COMPONENT.FIELD=VALUE`.
+
+    >>> settings(["image_encoder.num_heads=4"])
+    {'image_encoder': {'num_heads': 4}}
+
+    Raises:
+        UserError: not of this form, or no such component.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        target, equals, value = text.partition("=")
+        component, dot, field = target.partition(".")
+        if not (equals and dot and field) or component not in COMPONENTS:
+            raise UserError(f"--set {text!r}: write COMPONENT.FIELD=VALUE with one of {', '.join(COMPONENTS)}")
+        try:
+            result.setdefault(component, {})[field] = json.loads(value)
+        except ValueError:
+            raise UserError(f"--set {text!r}: {value!r} is no number, true, false or JSON list") from None
+    return result

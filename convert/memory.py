@@ -1,0 +1,49 @@
+"""The memory that running a checkpoint takes, from sizes alone, as the pipeline itself predicts it."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from x2v_jax import memory
+from x2v_jax.checkpoint.names import native_shapes
+from x2v_jax.models.config import Schedule, VaeConfig
+
+COUNTED = (
+    "weights in bfloat16 (norms and the VAE in float32) and estimated activations; the text encoder and CLIP leave the "
+    "device before denoising"
+)
+
+
+class _Sizes:
+    """Stands for a checkpoint that has these networks."""
+
+    def __init__(self, configs: Mapping[str, Any]):
+        self._configs = configs
+
+    def has(self, component: str) -> bool:
+        return component in self._configs
+
+    def tensors(self, component: str) -> dict[str, Any]:
+        dtype = np.dtype(np.float32)  # of the file; the plan counts each tensor in the type that it has on the device
+        shapes = native_shapes(component, self._configs[component])
+        return {name: types.SimpleNamespace(shape=shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def phases(configs: Mapping[str, Any], schedule: Schedule) -> dict[str, int]:
+    """Bytes on the device by phase, for one video at the schedule's size.
+
+    Args:
+        configs: component -> its config, of those that are there. Without a transformer there is nothing to predict.
+    """
+    if "transformer" not in configs or (configs["transformer"].model_type == "i2v" and "image_encoder" not in configs):
+        return {}
+    vae = configs.get("vae", VaeConfig())
+    latents = (
+        (schedule.num_frames - 1) // vae.temporal_stride + 1,
+        schedule.height // vae.spatial_stride,
+        schedule.width // vae.spatial_stride,
+    )
+    guided = not schedule.is_distilled and schedule.guidance_scale != 1
+    return memory.plan(_Sizes(configs), {"vae": vae, **configs}, latents, guided=guided).phases

@@ -1,0 +1,29 @@
+"""`python -m infer`: makes videos from prompts and images. `--help` lists what can be set."""
+
+import sys
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line and returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    # Imported here, so that Ctrl-C during the imports ends as quietly as later.
+    try:
+        from configs.flags import HelpAsked
+        from infer import cli
+        from x2v_jax.errors import UserError
+    except KeyboardInterrupt:
+        return 130
+    try:
+        cli.run(arguments)
+    except HelpAsked:
+        print(cli.help_text())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; videos that were finished are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

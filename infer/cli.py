@@ -1,0 +1,163 @@
+"""What `python -m infer` does, from the arguments to the files. jax is imported only when all arguments are good."""
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs import flags
+from configs.inference import KEYS
+from infer import outputs, settings
+from infer.settings import Job, Settings
+
+if TYPE_CHECKING:
+    from x2v_jax.pipeline import Pipeline, Result
+
+DEFAULT_CONFIG = "configs/shapes/t2v.py"
+OPTIONS = {
+    "config": flags.Option(f"settings to start from [{DEFAULT_CONFIG}]", "FILE.py[:ARGUMENT]"),
+    "rerun": flags.Option("repeat a video with the settings that it carries", "FILE.mp4"),
+    "overwrite": flags.Option("replace existing files (the same as --config.overwrite=true)"),
+}
+# What Wan2.1's and LightX2V's own programs call things.
+_OTHER_NAMES = {
+    "model_path": "--config.checkpoint=FOLDER (made by `python -m convert`)",
+    "ckpt_dir": "--config.checkpoint=FOLDER (made by `python -m convert`)",
+    "config_json": "--config=configs/lightx2v.py:FILE.json",
+    "model_cls": "--config=configs/distill/… or configs/base/…",
+    "image_path": "--config.image=FILE",
+    "save_video_path": "--config.output=FILE.mp4",
+    "save_file": "--config.output=FILE.mp4",
+    "size": "--config.height=… --config.width=…",
+    "frame_num": "--config.num_frames=…",
+    "base_seed": "--config.seed=…",
+    "sample_steps": "--config.num_inference_steps=…",
+    "sample_shift": "--config.shift=…",
+    "sample_guide_scale": "--config.guidance_scale=…",
+    "lora_path": "--config.lora=FILE",
+}
+_USAGE = """python -m infer: makes videos from prompts and images
+
+  python -m infer                                                 the tiny model that ships with the project
+  python -m infer --config.prompt="a blue square moves up"
+  python -m infer --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
+  python -m infer --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
+  python -m infer --rerun outputs/FILE.mp4 --config.seed=7
+
+The path of each video is printed when it is written; its settings are in the file and in a .json beside it."""
+
+
+def help_text() -> str:
+    return flags.help_text(_USAGE, OPTIONS, KEYS)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Makes the videos that the arguments ask for, and prints their paths.
+
+    Raises:
+        UserError: a mistake in the arguments, found before any weights are loaded where that is possible.
+        HelpAsked: --help is among them.
+    """
+    _plain_warnings()
+    options = {name: option for name, option in OPTIONS.items() if name != "config"}
+    line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
+    work = settings.read(line)
+    _generate(work)
+
+
+def _generate(work: Settings) -> None:
+    begin = time.perf_counter()
+    config = work.config
+    _set_up_jax(config.compilation_cache)
+    from x2v_jax import memory
+    from x2v_jax.pipeline import Pipeline
+
+    pipeline = Pipeline(
+        work.checkpoint,
+        dtype=config.dtype,
+        loras=work.loras,
+        keep_encoders=config.keep_encoders,
+        allow_mismatch=config.allow_mismatch,
+        sequential_guidance=config.sequential_guidance,
+        vae_decode=config.vae_decode,
+    )
+    _announce(pipeline, work, memory.device_bytes_free())
+    seconds = {"imports": time.perf_counter() - begin}
+    if len(work.jobs) > 1:  # the text encoder is loaded once for all prompts
+        seconds["text"] = pipeline.prepare([job.request for job in work.jobs])
+    results = []
+    for number, job in enumerate(work.jobs, 1):
+        result = _one_video(pipeline, job, config, f"{number}/{len(work.jobs)} " if len(work.jobs) > 1 else "")
+        for name, value in result.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        before = time.perf_counter()
+        path = outputs.write(job, result.frames, outputs.metadata(work, job, result.frames), config.overwrite)
+        seconds["file"] = seconds.get("file", 0.0) + time.perf_counter() - before
+        print(path, flush=True)
+        results.append(result)
+    _summarize(results, seconds, time.perf_counter() - begin)
+
+
+def _one_video(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Result":
+    if not config.progress:
+        return pipeline.generate(job.request)
+    from tqdm import tqdm
+
+    # disable=None: no bar where the output is not a terminal. The steps run one by one all the same.
+    with tqdm(total=job.request.num_inference_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
+
+        def on_step(step: int, count: int, latents: Any) -> None:
+            bar.update()
+
+        return pipeline.generate(job.request, on_step)
+
+
+def _set_up_jax(cache: str) -> None:
+    import os
+    import pathlib
+
+    import jax
+
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
+        # The small programs of the tiny model are worth keeping, too.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _announce(pipeline: "Pipeline", work: Settings, free: int | None) -> None:
+    import jax
+
+    request = work.jobs[0].request
+    plan, (frames, height, width) = pipeline.plan(request), pipeline.output_size(request)
+    print(
+        f"{work.checkpoint.path} ({work.checkpoint.task} {work.checkpoint.variant}) on {jax.devices()[0].device_kind}: "
+        f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
+        f"guidance {request.guidance_scale:g}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory",
+        file=sys.stderr,
+    )
+    if pipeline.lora_report is not None:
+        print(pipeline.lora_report, file=sys.stderr)
+    if free is not None and plan.peak > free:
+        warnings.warn(
+            f"the prediction is {plan.peak / 1e9:.1f} GB and the device has {free / 1e9:.1f} GB free; a smaller "
+            "height, width or num_frames, vae_decode='tiled' or sequential_guidance=true would need less",
+            stacklevel=2,
+        )
+
+
+def _summarize(results: "Sequence[Result]", seconds: dict[str, float], total: float) -> None:
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    peak, predicted = max(r.peak_bytes for r in results), max(r.memory_plan.peak for r in results)
+    count = f"{len(results)} videos" if len(results) > 1 else "1 video"
+    print(
+        f"{count} in {total:.1f} s ({parts}); peak memory {peak / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB",
+        file=sys.stderr,
+    )
+
+
+def _plain_warnings() -> None:
+    def show(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show

@@ -1,0 +1,228 @@
+"""From a parsed command line to the videos to make, checked as far as possible without jax."""
+
+import dataclasses
+import hashlib
+import pathlib
+import warnings
+from typing import Any
+
+from configs import flags
+from configs.inference import inference_config
+from x2v_jax import memory
+from x2v_jax.checkpoint.lora import parse_lora_argument
+from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
+from x2v_jax.errors import UserError
+from x2v_jax.request import Request, resolve
+
+Config = Any  # a ConfigDict, whose keys have no types before it runs
+
+_PROJECT = pathlib.Path(__file__).resolve().parent.parent
+_MAX_VIDEOS = 100_000
+# Keys that name files whose content decides the result.
+_INPUTS = ("image", "initial_noise", "text_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video: its complete request, and where it goes: a folder and a name without suffix."""
+
+    request: Request
+    folder: pathlib.Path
+    stem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that a run needs. inputs: path -> SHA-256 of the files that decide the result."""
+
+    config: Config
+    checkpoint: NativeCheckpoint
+    loras: tuple[tuple[str, float], ...]
+    jobs: tuple[Job, ...]
+    inputs: dict[str, str]
+
+
+def read(line: flags.CommandLine) -> Settings:
+    """The run that a command line describes.
+
+    Raises:
+        UserError: something in it cannot be done.
+    """
+    recorded: dict[str, Any] | None = None
+    config: Config = line.config
+    if "rerun" in line.options:
+        if line.config_file is not None:
+            raise UserError(
+                "--rerun takes its settings from the video; leave --config out (--config.KEY=… still counts)"
+            )
+        config, recorded = _recorded_config(line.options["rerun"], line.overrides)
+    if line.options.get("overwrite"):
+        config.overwrite = True
+    if "prompt" in line.overrides and "prompt_file" in line.overrides:
+        raise UserError("config.prompt and config.prompt_file are both given; leave one out")
+    _check(config)
+    checkpoint = open_checkpoint(_find(config.checkpoint))
+    if config.task is not None and checkpoint.task != config.task:
+        raise UserError(
+            f"config.task is {config.task!r}, but {checkpoint.path} is a {checkpoint.task} checkpoint; choose the "
+            "config that belongs to it, or another checkpoint"
+        )
+    loras = tuple(_lora(entry) for entry in config.lora)
+    jobs = _jobs(config, checkpoint, has_loras=bool(loras))
+    files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
+    inputs = {path: _sha256(pathlib.Path(path)) for path in files}
+    if recorded is not None:
+        _warn_of_changes(recorded, inputs, checkpoint)
+    return Settings(config, checkpoint, loras, jobs, inputs)
+
+
+def checkpoint_digest(checkpoint: NativeCheckpoint) -> str:
+    """Tells checkpoints apart cheaply: model.json lists the digests of the sources."""
+    return _sha256(checkpoint.path / "model.json")
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    from x2v_jax.video import read_metadata
+
+    recorded = read_metadata(path)
+    values = recorded.get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} carries no settings of this program; give an mp4 as `python -m infer` wrote it")
+    config: Config = inference_config()
+    for name, value in values.items():
+        if name not in config:
+            warnings.warn(f"{name}={value!r} of {path} is ignored: this version has no such key", stacklevel=2)
+        elif value is not None:
+            flags.set_key(config, name, value)
+    config.output = path
+    for name, value in overrides.items():
+        flags.set_key(config, name, value)
+    return config, recorded
+
+
+def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoint: NativeCheckpoint) -> None:
+    for path, digest in recorded.get("inputs", {}).items():
+        if path in inputs and inputs[path] != digest:
+            warnings.warn(f"{path} has changed since that video was made; this one will differ", stacklevel=3)
+    if recorded.get("model_sha256") not in (None, checkpoint_digest(checkpoint)):
+        warnings.warn(
+            f"{checkpoint.path} is not the checkpoint that made that video; this one will differ", stacklevel=3
+        )
+
+
+def _check(config: Config) -> None:
+    problems = []
+    if config.dtype not in memory.DTYPES:
+        problems.append(f"config.dtype is {config.dtype!r}; give {' or '.join(memory.DTYPES)}")
+    if config.vae_decode not in memory.DECODE_METHODS:
+        problems.append(f"config.vae_decode is {config.vae_decode!r}; give one of {', '.join(memory.DECODE_METHODS)}")
+    if not isinstance(config.num_videos, int) or not 1 <= config.num_videos <= _MAX_VIDEOS:
+        problems.append(f"config.num_videos is {config.num_videos!r}; give a whole number from 1 to {_MAX_VIDEOS}")
+    if config.seed is not None and config.seed < -1:
+        problems.append(f"config.seed is {config.seed}; give 0 to 4294967295, or -1 to draw one")
+    if config.task not in (None, "t2v", "i2v"):
+        problems.append(f"config.task is {config.task!r}; give 't2v' or 'i2v'")
+    if not config.output:
+        problems.append("config.output is empty; give an .mp4 file or a folder")
+    if len(problems) > 1:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if problems:
+        raise UserError(problems[0])
+
+
+def _find(checkpoint: str) -> pathlib.Path:
+    """The folder as given, or in this project's own folder: the shipped model is found from anywhere."""
+    path = pathlib.Path(checkpoint).expanduser()
+    shipped = _PROJECT / path
+    return shipped if not path.exists() and (shipped / "model.json").is_file() else path
+
+
+def _lora(entry: Any) -> tuple[str, float]:
+    if isinstance(entry, str):
+        entry = parse_lora_argument(entry)
+    if not isinstance(entry, tuple | list) or len(entry) != 2 or not isinstance(entry[0], str):
+        raise UserError(f'config.lora holds {entry!r}; give pairs such as (("file.safetensors", 1.0),)')
+    path, strength = entry
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise UserError(f"config.lora: the strength of {path} is {strength!r}; give a number")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config.lora: {path!r} is no file; mend the path")
+    return path, float(strength)
+
+
+def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> tuple[Job, ...]:
+    prompts = [config.prompt] if config.prompt_file is None else _read_prompts(config.prompt_file)
+    shared = {name: config[name] for name in Request.field_names() if name in config}
+    shared["seed"] = None if config.seed == -1 else config.seed
+    total = len(prompts) * config.num_videos
+    jobs = []
+    for prompt in prompts:
+        for offset in range(config.num_videos):
+            number = len(jobs) + 1
+            seed = None if shared["seed"] is None else shared["seed"] + offset
+            latents = _numbered_latents(config, number, total)
+            request = Request(**(shared | {"prompt": prompt, "seed": seed, "save_latents": latents}))
+            request = resolve(request, checkpoint, has_loras=has_loras, allow_mismatch=config.allow_mismatch)
+            from_file = config.prompt_file is not None
+            jobs.append(Job(request, *_place(config.output, request, number, total, from_file)))
+    for folder in {job.folder for job in jobs}:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"config.output: {folder} is a file, not a folder; choose another place")
+    return tuple(jobs)
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"config.prompt_file: {path} cannot be read: {error.strerror}; mend the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config.prompt_file: {path} is not UTF-8 text; save it as UTF-8, one prompt a line") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"config.prompt_file: {path} has no prompt in it; write one prompt a line")
+    return prompts
+
+
+def _numbered_latents(config: Config, number: int, total: int) -> str | None:
+    if config.save_latents is None:
+        return None
+    path = pathlib.Path(config.save_latents)
+    if total > 1:
+        path = path.with_name(f"{path.stem}-{_padded(number, total)}{path.suffix}")
+    if path.exists() and not config.overwrite:
+        raise UserError(f"config.save_latents: {path} exists; give another name or --overwrite")
+    return str(path)
+
+
+def _place(output: str, request: Request, number: int, total: int, from_file: bool) -> tuple[pathlib.Path, str]:
+    """Folder and stem of a video."""
+    path = pathlib.Path(output).expanduser()
+    counted = _padded(number, total)
+    if output.endswith(("/", "\\")) or path.is_dir() or not path.suffix:
+        stem = f"{_slug(request.prompt)}-seed{request.seed}"
+        return path, f"{counted}-{stem}" if from_file else stem
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"config.output is {output!r}; the file's name must end in .mp4 (or give a folder)")
+    return path.parent, f"{path.stem}-{counted}" if total > 1 else path.stem
+
+
+def _padded(number: int, total: int) -> str:
+    return str(number).zfill(max(3, len(str(total))) if total > 1 else 1)
+
+
+def _slug(prompt: str) -> str:
+    """A file name from the prompt: letters and digits of any script, at most 60 bytes."""
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    slug = ""
+    for word in words:
+        longer = f"{slug}-{word}" if slug else word
+        if len(longer.encode()) > 60:
+            break
+        slug = longer
+    return slug or (words[0].encode()[:60].decode(errors="ignore") if words else "video")

@@ -1,0 +1,145 @@
+"""LightX2V's JSON files are read as they are published: same meaning, warnings for what has none here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from configs.flags import load_config
+from configs.lightx2v import read_json, strip_comments, translate
+from x2v_jax.errors import UserError
+
+# configs/distill/wan_t2v_distill_4step_cfg.json
+DISTILL = {
+    "infer_steps": 4, "target_video_length": 81, "text_len": 512, "target_height": 480, "target_width": 832,
+    "self_attn_1_type": "flash_attn3", "cross_attn_1_type": "flash_attn3", "cross_attn_2_type": "flash_attn3",
+    "seed": 42, "sample_guide_scale": 6, "sample_shift": 5, "enable_cfg": False, "cpu_offload": False,
+    "denoising_step_list": [1000, 750, 500, 250],
+}  # fmt: skip
+# configs/wan/wan_i2v.json
+I2V = {
+    "infer_steps": 40, "target_video_length": 81, "target_height": 480, "target_width": 832,
+    "self_attn_1_type": "flash_attn3", "cross_attn_1_type": "flash_attn3", "cross_attn_2_type": "flash_attn3",
+    "seed": 442, "sample_guide_scale": 5, "sample_shift": 3, "enable_cfg": True, "cpu_offload": False,
+}  # fmt: skip
+
+
+def write(path: pathlib.Path, values: Any) -> str:
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return f"configs/lightx2v.py:{path}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_distilled_file_means_four_steps_without_guidance(tmp_path: pathlib.Path):
+    config: Any = load_config(write(tmp_path / "a.json", DISTILL))
+    assert config.denoising_step_list == (1000, 750, 500, 250)
+    assert config.guidance_scale == 1.0 and config.shift == 5.0 and config.num_inference_steps is None
+    assert (config.height, config.width, config.num_frames, config.seed) == (480, 832, 81, 42)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_baseline_file_means_unipc_with_guidance(tmp_path: pathlib.Path):
+    config: Any = load_config(write(tmp_path / "a.json", I2V | {"task": "i2v", "fps": 24}))
+    assert (config.num_inference_steps, config.guidance_scale, config.shift) == (40, 5.0, 3.0)
+    assert (config.task, config.fps, config.seed, config.denoising_step_list) == ("i2v", 24, 442, None)
+
+
+def test_guidance_switched_off_is_scale_one():
+    assert translate({"sample_guide_scale": 5, "enable_cfg": False})["guidance_scale"] == 1.0
+    assert translate({"sample_guide_scale": 5, "enable_cfg": True})["guidance_scale"] == 5
+    assert translate({"sample_guide_scale": 5})["guidance_scale"] == 5
+    assert "guidance_scale" not in translate({"enable_cfg": True})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_command_line_keys_inside_the_file_are_taken_over(tmp_path: pathlib.Path):
+    extra = {"model_cls": "wan2.1_distill", "model_path": "ck", "prompt": "a // cat", "save_video_path": "out.mp4"}
+    loras = [{"path": "a.safetensors", "strength": 0.5}, {"path": "b.safetensors"}]
+    values = DISTILL | extra | {"lora_configs": loras, "use_tiling_vae": True, "image_path": "", "negative_prompt": ""}
+    config: Any = load_config(write(tmp_path / "a.json", values))
+    assert (config.checkpoint, config.prompt, config.output) == ("ck", "a // cat", "out.mp4")
+    assert config.lora == (("a.safetensors", 0.5), ("b.safetensors", 1.0))
+    assert config.vae_decode == "tiled" and config.image is None and config.negative_prompt is None
+
+
+def test_comments_and_trailing_commas_are_allowed(tmp_path: pathlib.Path):
+    text = """{
+        // the prompt
+        "prompt": "see http://a.b/*c*/ and \\" // d",  // trailing
+        /* several
+           lines */ "seed": 7,
+        "denoising_step_list": [1000, 500,],
+    }"""
+    (tmp_path / "a.json").write_text(text)
+    values = read_json(str(tmp_path / "a.json"))
+    assert values == {
+        "prompt": 'see http://a.b/*c*/ and " // d',
+        "seed": 7,
+        "denoising_step_list": [1000, 500],
+    }
+    assert len(strip_comments(text).splitlines()) == len(text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"enable_cfg": True}, "enable_cfg is true beside a denoising_step_list"),
+        ({"enable_dynamic_cfg": True, "cfg_scale": 4.0}, "enable_dynamic_cfg is true"),
+        ({"feature_caching": "Tea"}, "feature_caching is 'Tea' beside a denoising_step_list"),
+        ({"model_cls": "wan2.1"}, "which that class ignores"),
+        ({"model_cls": "hunyuan"}, "this project runs wan2.1 and wan2.1_distill"),
+        ({"num_fragments": 3, "num_blocks": 7}, "num_fragments, num_blocks: settings of autoregressive models"),
+        ({"denoising_step_list": None, "model_cls": "wan2.1_distill"}, "without its denoising_step_list"),
+        ({"denoising_step_list": "1000"}, "give a list such as"),
+        ({"lora_configs": ["a.safetensors"]}, "lora_configs holds 'a.safetensors'"),
+        ({"target_hight": 480}, "unknown key 'target_hight'; did you mean target_height?"),
+        ({"zzz": 1}, "LightX2V has no such setting"),
+        ({"target_height": "480"}, "config.height is '480'; give a value of type int"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_contradictions_and_misspelt_keys_are_refused(tmp_path: pathlib.Path, change: dict[str, Any], expected: str):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path / "a.json", DISTILL | change))
+    assert expected in str(caught.value) and "a.json" in str(caught.value)
+
+
+def test_what_only_steers_cuda_is_ignored_with_a_warning():
+    with pytest.warns(UserWarning) as caught:
+        translate(DISTILL | {"cpu_offload": True, "mm_config": {"mm_type": "W-int8"}, "text_len": 256})
+    messages = "\n".join(str(w.message) for w in caught)
+    assert "self_attn_1_type" in messages and "cpu_offload" in messages and "mm_config" in messages
+    assert "text_len 256" in messages
+
+
+@pytest.mark.filterwarnings("ignore:.*_attn_.*")
+def test_frame_counts_and_steps_are_mended_as_there():
+    with pytest.warns(UserWarning, match="80 becomes 81|83 becomes 81"):
+        assert translate({"task": "i2v", "target_video_length": 83})["num_frames"] == 81
+    with pytest.warns(UserWarning, match="infer_steps is ignored"):
+        assert "num_inference_steps" not in translate(DISTILL | {"infer_steps": 20})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("[1]", "holds a JSON list"), ('{"a": }', "is not JSON"), ("", "is not JSON"), (None, "cannot be read")],
+)
+def test_files_that_are_no_settings_are_refused(tmp_path: pathlib.Path, content: str | None, expected: str):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=expected):
+        load_config(f"configs/lightx2v.py:{path}")
+
+
+def test_the_file_must_be_named():
+    with pytest.raises(UserError, match=r"write --config=configs/lightx2v\.py:FILE\.json"):
+        load_config("configs/lightx2v.py")
+
+
+def test_it_is_read_without_jax():
+    code = "import sys; from configs.flags import load_config; import configs.lightx2v; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,248 @@
+"""Writes a native checkpoint back in a published layout, exact to the bit."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from x2v_jax.checkpoint.arrays import contiguous
+from x2v_jax.checkpoint.export_configs import (
+    clip_config,
+    image_processor_config,
+    model_index,
+    scheduler_config,
+    text_encoder_config,
+    tokenizer_config,
+    transformer_config,
+    vae_config,
+    wan_config,
+)
+from x2v_jax.checkpoint.names import COMPONENTS, Config, Row, Transform, official_shapes, table
+from x2v_jax.checkpoint.names_diffusers import DiffusersNames
+from x2v_jax.checkpoint.native_writer import SHARD_BYTES, complete_folder
+from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
+from x2v_jax.checkpoint.sizes import infer_config
+from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.torch_writer import write_torch_file
+from x2v_jax.errors import UserError
+
+LAYOUTS = ("wan", "lightx2v", "diffusers")
+
+_WAN_FILES = {
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    "vae": "Wan2.1_VAE.pth",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+}
+_LIGHTX2V_FILES = {
+    "base": "diffusion_pytorch_model",
+    "distill": "distill_models/distill_model",
+    "causvid": "causvid_models/causal_model",
+}
+
+Tensors = Mapping[str, LazyTensor]
+OnBytes = Callable[[int], None]
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    layout: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[str, ...]:
+    """Writes a native checkpoint in a published layout.
+
+    Args:
+        layout: wan (the official folder), lightx2v (the same with distill_models/ or causvid_models/) or diffusers.
+        on_progress: called with bytes written and bytes in all.
+
+    Returns:
+        Sentences for the user about what the layout cannot hold.
+
+    Raises:
+        UserError: the checkpoint is not usable, the destination exists, or the layout has no place for the variant.
+    """
+    native = open_checkpoint(checkpoint)
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout {layout}: give one of {', '.join(LAYOUTS)}")
+    if layout == "lightx2v" and native.variant not in _LIGHTX2V_FILES:
+        raise UserError(f"--layout lightx2v: it has no place for {native.variant!r} checkpoints; give --layout wan")
+    present = [c for c in COMPONENTS if native.has(c)]
+    tensors = {component: official_tensors(native, component) for component in present}
+    total = sum(t.nbytes for one in tensors.values() for t in one.values())
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    with complete_folder(pathlib.Path(destination), nbytes=total) as folder:
+        write = _write_diffusers if layout == "diffusers" else _write_wan
+        write(folder, native, tensors, layout, on_bytes)
+    return tuple(_notes(native, layout, present))
+
+
+def official_tensors(native: NativeCheckpoint, component: str) -> dict[str, LazyTensor]:
+    """The tensors of a native component under official names and in official axes, read one at a time."""
+    own = native.tensors(component)
+    return {
+        key: _official(row, own[row.native], layer)
+        for row in table(component, native.config(component))
+        for layer, key in enumerate(row.official_keys)
+    }
+
+
+def _official(row: Row, tensor: LazyTensor, layer: int) -> LazyTensor:
+    def load():
+        values = tensor.read()
+        return contiguous(row.transform.backward(values if row.layers is None else values[layer]))
+
+    return LazyTensor(row.official_shape, tensor.dtype, load)
+
+
+def _write_wan(
+    folder: pathlib.Path, native: NativeCheckpoint, tensors: Mapping[str, Tensors], layout: str, on_bytes: OnBytes
+) -> None:
+    for component, own in tensors.items():
+        if component == "transformer":
+            name = _LIGHTX2V_FILES[native.variant] if layout == "lightx2v" else _LIGHTX2V_FILES["base"]
+            # LightX2V reads a distilled model from this one file; only base weights may be shards.
+            limit = SHARD_BYTES if name == _LIGHTX2V_FILES["base"] else None
+            _write_safetensors(folder / name, own, on_bytes, limit)
+            untold = {c: _untold(c, native.config(c)) for c in tensors}
+            values = wan_config(native.config(component)) | {c: fields for c, fields in untold.items() if fields}
+            _write_json(folder / "config.json", values)
+        else:
+            write_torch_file(folder / _WAN_FILES[component], _reporting(own, on_bytes))
+    _copy_tokenizer(native, folder / "google/umt5-xxl")
+
+
+def _untold(component: str, config: Config) -> dict[str, Any]:
+    """The fields of a config that an official file of such a network would not tell (none at the published sizes)."""
+    if component == "transformer":
+        return {}
+    values = config.to_dict()
+    try:
+        told = infer_config(component, official_shapes(component, config)).to_dict()
+    except UserError:
+        return values
+    return {name: value for name, value in values.items() if told[name] != value}
+
+
+def _write_diffusers(
+    folder: pathlib.Path, native: NativeCheckpoint, tensors: Mapping[str, Tensors], layout: str, on_bytes: OnBytes
+) -> None:
+    configs: dict[str, Any] = {}
+    for component, own in tensors.items():
+        config = native.config(component)
+        names = DiffusersNames(component, getattr(config, "num_res_blocks", 2))
+        if component == "image_encoder" and not own["visual.head"].read().any():
+            own = {key: tensor for key, tensor in own.items() if key != "visual.head"}  # CLIPVisionModel has none
+        renamed: dict[str, LazyTensor] = {}
+        for key, tensor in own.items():
+            others, transform = names.format(key)
+            for index, other in enumerate(others):
+                renamed[other] = _part(tensor, index, len(others), transform)
+        make = {
+            "transformer": transformer_config,
+            "vae": vae_config,
+            "text_encoder": text_encoder_config,
+            "image_encoder": lambda c, own=own: clip_config(c, with_projection="visual.head" in own),
+        }
+        configs[component] = make[component](config)
+        stem = "diffusion_pytorch_model" if component in ("transformer", "vae") else "model"
+        _write_safetensors(folder / component / stem, renamed, on_bytes, SHARD_BYTES)
+        _write_json(folder / component / "config.json", configs[component])
+    if native.has("tokenizer"):
+        _copy_tokenizer(native, folder / "tokenizer")
+        text_len = native.config("transformer").text_len if native.has("transformer") else 512
+        _write_json(folder / "tokenizer/tokenizer_config.json", tokenizer_config(text_len))
+    if native.has("transformer"):
+        image = native.task == "i2v"
+        if image and native.has("image_encoder"):
+            size = native.config("image_encoder").image_size
+            _write_json(folder / "image_processor/preprocessor_config.json", image_processor_config(size))
+        _write_json(folder / "scheduler/scheduler_config.json", scheduler_config(native.schedule.shift))
+        _write_json(folder / "model_index.json", model_index(image, configs))
+
+
+def _part(tensor: LazyTensor, index: int, count: int, transform: Transform | None) -> LazyTensor:
+    if count == 1 and transform is None:
+        return tensor
+    if transform is not None:
+        shape = transform.forward_shape(tensor.shape)
+        return LazyTensor(shape, tensor.dtype, lambda: contiguous(transform.forward(tensor.read())))
+    rows = tensor.shape[0] // count
+    part = slice(index * rows, (index + 1) * rows)
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[part])
+
+
+def _reporting(tensors: Tensors, on_bytes: OnBytes) -> dict[str, LazyTensor]:
+    """The same tensors; each tells of its bytes when it is read."""
+
+    def counted(tensor: LazyTensor) -> LazyTensor:
+        def load():
+            on_bytes(tensor.nbytes)
+            return tensor.read()
+
+        return LazyTensor(tensor.shape, tensor.dtype, load)
+
+    return {key: counted(tensor) for key, tensor in tensors.items()}
+
+
+def _write_safetensors(path: pathlib.Path, tensors: Tensors, on_bytes: OnBytes, limit: int | None) -> None:
+    """PATH.safetensors, or numbered shards with an index where they are larger than `limit`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and limit and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards, 1):
+        name = f"{path.name}-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else path.name
+        weight_map |= dict.fromkeys(keys, f"{name}.safetensors")
+        specs = {key: (tensors[key].shape, tensors[key].dtype) for key in keys}
+        # transformers and diffusers refuse a file whose metadata does not name the framework.
+        with SafetensorsWriter(path.parent / f"{name}.safetensors", specs, {"format": "pt"}) as writer:
+            for key in keys:
+                writer.write(key, tensors[key])
+                on_bytes(tensors[key].nbytes)
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(path.parent / f"{path.name}.safetensors.index.json", index)
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _copy_tokenizer(native: NativeCheckpoint, folder: pathlib.Path) -> None:
+    file = native.tokenizer_file()
+    if file is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / "tokenizer.json")
+
+
+def _notes(native: NativeCheckpoint, layout: str, present: list[str]):
+    if native.variant != "base" and "transformer" in present:
+        if layout == "lightx2v":
+            yield "the schedule is not in the files: LightX2V takes it from its own JSON configs"
+        else:
+            yield (
+                f"the {layout} layout does not say that these weights are {native.variant!r}: convert them back with "
+                f"--variant {native.variant}"
+            )
+    if layout != "diffusers" and "image_encoder" in present:
+        yield "the CLIP file holds the visual tower only: the text tower, which Wan2.1 does not use, was not kept"
+    lacking = [c for c in ("transformer", "vae", "text_encoder", "tokenizer") if not native.has(c)]
+    if lacking:
+        yield f"not in the checkpoint, so not exported: {', '.join(lacking)}"

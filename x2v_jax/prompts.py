@@ -1,0 +1,81 @@
+"""Prompts -> text embeddings, remembered on the host, so that the text encoder need not stay on the device."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.errors import UserError
+from x2v_jax.models import functional
+from x2v_jax.networks import Network
+from x2v_jax.tokenizer import Tokenizer
+
+Embedding = Float[np.ndarray, "l d"]
+_REMEMBERED = 256  # 8 MB each at full size
+
+
+class PromptEncoder:
+    """The tokenizer and the text encoder of a checkpoint.
+
+    Args:
+        checkpoint: where the tokenizer's file is.
+        network: the text encoder.
+        text_len: tokens that the transformer reads; longer prompts are cut, with a warning.
+    """
+
+    def __init__(self, checkpoint: NativeCheckpoint, network: Network, text_len: int):
+        self.network = network
+        self._checkpoint = checkpoint
+        self._text_len = text_len
+        self._tokenizer: Tokenizer | None = None
+        self._known: OrderedDict[str, Embedding] = OrderedDict()
+        self._encode = jax.jit(lambda params, ids, mask: functional.merge(network.graphdef, params)(ids, mask))
+
+    def __call__(self, prompts: Sequence[str], clock: Callable) -> list[Embedding]:
+        """float32 [text_len, D] of each prompt, zero past its end. The encoder is loaded only for new prompts.
+
+        Args:
+            clock: clock(name) is a context that adds its time to "load" or "text".
+
+        Raises:
+            UserError: the tokenizer is missing or belongs to another model.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if missing:
+            with clock("load"):
+                params, tokenizer = self.network.load(), self._load_tokenizer()
+            with clock("text"):
+                for prompt in missing:
+                    self._known[prompt] = np.asarray(self._encode(params, *tokenizer([prompt]))[0])
+                    _warn_if_cut(tokenizer, prompt)
+        found = []
+        for prompt in prompts:
+            self._known.move_to_end(prompt)
+            found.append(self._known[prompt])
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            file = self._checkpoint.tokenizer_file()
+            if file is None:
+                raise UserError(f"{self._checkpoint.path} has no tokenizer; convert it again, or give text_embeddings")
+            tokenizer = Tokenizer.from_file(file, self._text_len)
+            if tokenizer.vocab_size > self.network.config.vocab_size:
+                raise UserError(
+                    f"the tokenizer {file} knows {tokenizer.vocab_size} tokens and the text encoder "
+                    f"{self.network.config.vocab_size}; convert the checkpoint again with the right tokenizer.json"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+
+def _warn_if_cut(tokenizer: Tokenizer, prompt: str) -> None:
+    count = tokenizer.num_tokens(prompt)
+    if count > tokenizer.text_len:
+        warnings.warn(f"prompt of {count} tokens is cut to the {tokenizer.text_len} that the model reads", stacklevel=4)
