@@ -1,5 +1,7 @@
 """What `python -m infer` does, from the arguments to the files. jax is imported only when all arguments are good."""
 
+import os
+import pathlib
 import sys
 import time
 import warnings
@@ -20,6 +22,8 @@ OPTIONS = {
     "rerun": flags.Option("repeat a video with the settings that it carries", "FILE.mp4"),
     "overwrite": flags.Option("replace existing files (the same as --config.overwrite=true)"),
 }
+# Prompts that are encoded ahead, so that the text encoder is loaded once for so many videos.
+_PROMPTS_AT_ONCE = 256
 # What Wan2.1's and LightX2V's own programs call things.
 _OTHER_NAMES = {
     "model_path": "--config.checkpoint=FOLDER (made by `python -m convert`)",
@@ -84,10 +88,11 @@ def _generate(work: Settings) -> None:
     )
     _announce(pipeline, work, memory.device_bytes_free())
     seconds = {"imports": time.perf_counter() - begin}
-    if len(work.jobs) > 1:  # the text encoder is loaded once for all prompts
-        seconds["text"] = pipeline.prepare([job.request for job in work.jobs])
     results = []
     for number, job in enumerate(work.jobs, 1):
+        if len(work.jobs) > 1 and number % _PROMPTS_AT_ONCE == 1:
+            ahead = work.jobs[number - 1 :][:_PROMPTS_AT_ONCE]
+            seconds["text"] = seconds.get("text", 0.0) + pipeline.prepare([each.request for each in ahead])
         result = _one_video(pipeline, job, config, f"{number}/{len(work.jobs)} " if len(work.jobs) > 1 else "")
         for name, value in result.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
@@ -114,9 +119,8 @@ def _one_video(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Resu
 
 
 def _set_up_jax(cache: str) -> None:
-    import os
-    import pathlib
-
+    # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     import jax
 
     if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -118,5 +118,5 @@ def test_the_choices_are_those_of_the_library():
 
 def test_settings_are_json():
     assert arguments.settings(["vae.dim_mult=[1, 2]", "vae.z_dim=8"]) == {"vae": {"dim_mult": [1, 2], "z_dim": 8}}
-    with pytest.raises(UserError, match="COMPONENT.FIELD=VALUE"):
+    with pytest.raises(UserError, match=r"COMPONENT\.FIELD=VALUE"):
         arguments.settings(["rogue.x=1"])

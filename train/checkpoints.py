@@ -32,7 +32,7 @@ class Checkpoints:
             try:
                 leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-                print(f"warning: checkpoint {step} in {self.directory} does not read back ({error}); trying the one before")
+                print(f"warning: checkpoint {step} does not read back; trying the one before ({error})")
                 continue
             return jax.tree.unflatten(jax.tree.structure(like), [leaves[key] for key in sorted(leaves)])
         return None

@@ -29,11 +29,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float) -> Any:
-    """Jitted (state, batch, key) -> (state, metrics). A step with a loss or gradient that is not finite changes nothing."""
+    """Jitted (state, batch, key) -> (state, metrics). A step whose loss or gradient is not finite changes nothing."""
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # The average follows quickly at first, else it would remember the random start for long.

@@ -61,9 +61,7 @@ class Network:
         """
         if self._params is None:
             placed = {name: self._place(name, tensor) for name, tensor in self._tensors.items()}
-            params = functional.unflatten(placed)
-            self._params = jax.block_until_ready(params)
-            return params
+            self._params = functional.unflatten(placed)
         return self._params
 
     def release(self) -> None:
@@ -74,5 +72,5 @@ class Network:
     def _place(self, name: str, tensor: LazyTensor) -> jax.Array:
         wanted = device_dtype(self.component, name, tensor.dtype, self._dtype)
         values = tensor.read()
-        # Cast on the host, so that the device never holds a weight twice.
-        return jax.device_put(np.asarray(values, wanted))
+        # Cast on the host, so that the device never holds a weight twice; one at a time, so that neither does the host.
+        return jax.device_put(np.asarray(values, wanted)).block_until_ready()

@@ -15,7 +15,8 @@ from x2v_jax.networks import Network
 from x2v_jax.tokenizer import Tokenizer
 
 Embedding = Float[np.ndarray, "l d"]
-_REMEMBERED = 256  # 8 MB each at full size
+# At full size a whole embedding is 8 MB; kept without its padding, a usual prompt is 1 MB.
+_REMEMBERED = 1024
 
 
 class PromptEncoder:
@@ -50,12 +51,14 @@ class PromptEncoder:
                 params, tokenizer = self.network.load(), self._load_tokenizer()
             with clock("text"):
                 for prompt in missing:
-                    self._known[prompt] = np.asarray(self._encode(params, *tokenizer([prompt]))[0])
+                    ids, mask = tokenizer([prompt])
+                    self._known[prompt] = np.array(self._encode(params, ids, mask)[0, : mask.sum()])
                     _warn_if_cut(tokenizer, prompt)
         found = []
         for prompt in prompts:
             self._known.move_to_end(prompt)
-            found.append(self._known[prompt])
+            known = self._known[prompt]
+            found.append(np.pad(known, ((0, self._text_len - len(known)), (0, 0))))
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return found

@@ -121,9 +121,7 @@ def test_rope_turns_adjacent_pairs_as_complex_numbers():
     turned = np.asarray(apply_rope(jnp.asarray(x), tables))
     token = 2 * 1 + 6 * 1  # frame 1, row 1, column 0
     dims = axis_dims(12)
-    angles = np.concatenate(
-        [p * 10_000.0 ** (-np.arange(0, d, 2) / d) for p, d in zip((6, 1, 0), dims, strict=True)]
-    )
+    angles = np.concatenate([p * 10_000.0 ** (-np.arange(0, d, 2) / d) for p, d in zip((6, 1, 0), dims, strict=True)])
     expected = (x[0, token, 0, 0::2] + 1j * x[0, token, 0, 1::2]) * np.exp(1j * angles)
     np.testing.assert_allclose(turned[0, token, 0, 0::2], expected.real, atol=1e-5)
     np.testing.assert_allclose(turned[0, token, 0, 1::2], expected.imag, atol=1e-5)

@@ -150,12 +150,8 @@ def _caption(
             return prompt
 
 
-def _write(
-    form: str, article: str, size: str, verb: str, way: int, colour: str, shape: str, direction: str
-) -> str:
-    return form.format(
-        article=article, size=size, colour=colour, shape=shape, verb=verb, way=_WAYS[direction][way]
-    )
+def _write(form: str, article: str, size: str, verb: str, way: int, colour: str, shape: str, direction: str) -> str:
+    return form.format(article=article, size=size, colour=colour, shape=shape, verb=verb, way=_WAYS[direction][way])
 
 
 class Prompt(NamedTuple):

@@ -90,7 +90,9 @@ class FlowMatchingTask:
         sigma = shift_sigma(uniform, self.config.shift)
         noise = jax.random.normal(noise_key, batch.latents.shape)
         noisy = add_noise(batch.latents, noise, sigma)
-        velocity = self._velocity(params, noisy, timestep_from_sigma(sigma), self._encode(params, batch.ids, batch.mask))
+        velocity = self._velocity(
+            params, noisy, timestep_from_sigma(sigma), self._encode(params, batch.ids, batch.mask)
+        )
         losses = jnp.mean(jnp.square(velocity - velocity_target(batch.latents, noise)), axis=(1, 2, 3, 4))
         quarters = {f"loss_sigma_{i}": losses[i * n // 4 : (i + 1) * n // 4].mean() for i in range(4)} if n >= 4 else {}
         return losses.mean(), quarters

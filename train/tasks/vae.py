@@ -32,7 +32,9 @@ class VaeTask:
             {**config.model.to_dict(), "latents_mean": plain[0], "latents_std": plain[1]}
         )
         self.graphdef, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
-        self._reconstruct = jax.jit(lambda params, video: self._module(params).decode(self._module(params).encode(video)))
+        self._reconstruct = jax.jit(
+            lambda params, video: self._module(params).decode(self._module(params).encode(video))
+        )
 
     def init(self, key: jax.Array) -> Params:
         return inflate_start(jax.jit(lambda key: split(WanVae(self.vae_config, rngs=nnx.Rngs(key)))[1])(key))
@@ -75,9 +77,7 @@ class VaeTask:
         return {"psnr": float(psnr), "psnr_last_frame": float(last)}
 
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
-        config = dataclasses.replace(
-            self.vae_config, **latent_statistics(self.graphdef, params, self.config.seed)
-        )
+        config = dataclasses.replace(self.vae_config, **latent_statistics(self.graphdef, params, self.config.seed))
         weights = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
         schedule = Schedule(height=shapes.SIZE, width=shapes.SIZE, num_frames=shapes.NUM_FRAMES)
         save_native(

@@ -143,7 +143,7 @@ class ClipConfig(_FromDict):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(_FromDict):
-    """How a checkpoint is meant to be sampled. It travels in model.json: other settings give poor video without an error.
+    """How a checkpoint is meant to be sampled. It travels in model.json: other settings give poor video and no error.
 
     sampler: "unipc" (order 2, with guidance) or "step_distill" (x0, then noise again; no guidance).
     denoising_step_list: the trained timesteps of a distilled model, in 1..1000, falling; None for "unipc".

@@ -30,7 +30,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.kernel[...].astype(self.dtype)
-        # One matrix of rows: with batch axes kept, XLA's CPU backend transposes element by element in the gradient (3 x).
+        # One matrix of rows: with batch axes kept, XLA's CPU backend transposes element by element in the gradient.
         y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), kernel)
         y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
         return y.reshape(*x.shape[:-1], -1)
@@ -58,7 +58,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...].astype(jnp.float32)
+        return (
+            x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...].astype(jnp.float32)
+        )
 
 
 def normalize(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
@@ -75,7 +77,9 @@ def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs:
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
 
 
-def scan_blocks(blocks: nnx.Module, x: Array, apply: Callable[[Any, Array], Array], *, last: int | None = None) -> Array:
+def scan_blocks(
+    blocks: nnx.Module, x: Array, apply: Callable[[Any, Array], Array], *, last: int | None = None
+) -> Array:
     """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given)."""
     graphdef, params = nnx.split(blocks)
     if last is not None:

@@ -5,6 +5,7 @@ then any number of the rest. A chunk takes the cache the last one left: each cau
 Whole coding is the same code with two chunks, which is why the two agree.
 """
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Encoder(nnx.Module):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, widths[0], rngs=rngs, **dtypes)
         layers: list[nnx.Module] = []
-        for i, (width, out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (width, out) in enumerate(itertools.pairwise(widths)):
             for j in range(config.num_res_blocks):
                 layers.append(ResidualBlock(width if j == 0 else out, out, rngs=rngs, **dtypes))
             if i < len(config.dim_mult) - 1:
@@ -79,7 +80,7 @@ class Decoder(nnx.Module):
         self.conv1 = CausalConv3d(config.z_dim, widths[0], rngs=rngs, **dtypes)
         self.middle = _middle(widths[0], rngs=rngs, **dtypes)
         layers: list[nnx.Module] = []
-        for i, (width, out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (width, out) in enumerate(itertools.pairwise(widths)):
             width = width if i == 0 else width // 2  # the upsampling before this stage halves the channels
             for j in range(config.num_res_blocks + 1):
                 layers.append(ResidualBlock(width if j == 0 else out, out, rngs=rngs, **dtypes))

@@ -180,8 +180,8 @@ class WanModel(nnx.Module):
         """One evaluation of the velocity field.
 
         Args:
-            latents: noisy latents; for image-to-video with the mask (4) and the image's latents (16) behind the noise (16)
-                on channels. h and w are even.
+            latents: noisy latents; for image-to-video with the mask (4) and the image's latents (16) behind the noise
+                (16) on channels. h and w are even.
             timestep: 1000 sigma, not rounded.
             text: text embeddings, zero-padded to the model's text_len; all rows are attended.
             image_features: CLIP features, image-to-video only.
