@@ -1,6 +1,5 @@
 """The pipeline joins the parts in the right order: compared with the networks called by hand on tiny random weights."""
 
-import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +12,14 @@ import tiny_models
 from flax import nnx
 from PIL import Image
 
-from x2v_jax import Pipeline, memory
+from x2v_jax import Pipeline
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.diffusion import image_condition, noise
 from x2v_jax.errors import UserError
 from x2v_jax.models import functional
-from x2v_jax.models.config import VaeConfig, WanConfig
-from x2v_jax.models.wan import WanModel
 from x2v_jax.networks import Network
 from x2v_jax.request import Request
 from x2v_jax.tokenizer import Tokenizer
-from x2v_jax.vae_runner import VaeRunner
 
 PROMPT = "a red circle moves left"
 LATENTS = (2, 4, 6, 16)
@@ -358,66 +354,6 @@ def test_options_that_do_not_exist_are_refused(base: Pipeline, tmp_path: pathlib
         Pipeline.from_checkpoint(tmp_path / "none")
     with pytest.raises(UserError):
         Pipeline(base.checkpoint, loras=[tmp_path / "none.safetensors"])
-
-
-@pytest.fixture(scope="module")
-def vae(base: Pipeline) -> Network:
-    return Network("vae", base.checkpoint.config("vae"), base.checkpoint.tensors("vae"), dtype="bfloat16")
-
-
-def test_streaming_and_tiling_give_the_whole_video(vae: Network):
-    latents = jax.random.normal(jax.random.key(0), (1, 3, 2, 40, 16))
-    whole = VaeRunner(vae, "whole").decode(latents)
-    np.testing.assert_array_equal(VaeRunner(vae, "stream").decode(latents), whole)
-    tiled = VaeRunner(vae, "tiled").decode(latents)
-    assert tiled.shape == whole.shape == (9, 16, 320, 3)
-    # Two tiles of 256 pixels share 192 in blended form; away from the seam they are the whole's.
-    assert np.abs(tiled[:, :, :48].astype(int) - whole[:, :, :48]).mean() < 1
-
-
-def test_encoding_in_pieces_gives_the_same_latents(vae: Network, monkeypatch: pytest.MonkeyPatch):
-    video = jax.random.uniform(jax.random.key(0), (1, 9, 16, 32, 3), minval=-1)
-    whole = VaeRunner(vae).encode(video)
-    monkeypatch.setattr(memory, "WHOLE_LIMIT", 0)
-    np.testing.assert_allclose(VaeRunner(vae).encode(video), whole, atol=2e-5)
-
-
-def test_the_predicted_weights_are_those_that_are_loaded(i2v: Pipeline):
-    for dtype in memory.DTYPES:
-        pipeline = Pipeline(i2v.checkpoint, dtype=dtype)
-        plan = pipeline.plan(pipeline.resolve(Request(PROMPT, image=PICTURE)))
-        assert set(plan.phases) == {"text", "image", "denoise", "vae"} and plan.peak == max(plan.phases.values())
-        for name, each in pipeline._networks.items():
-            assert plan.weights[name] == sum(leaf.nbytes for leaf in jax.tree.leaves(each.load()))
-
-
-def test_predicted_activations_are_near_what_the_compiler_reports():
-    config = dataclasses.replace(tiny_models.T2V, dim=256, ffn_dim=1024, num_heads=4)
-    graphdef, params = functional.abstract(lambda: WanModel(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    shapes = [
-        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 5, 32, 32, 16), (1,), (1, config.text_len, 24))
-    ]
-    program = jax.jit(lambda p, x, t, text: functional.merge(graphdef, p)(x, t, text)).lower(params, *shapes).compile()
-    analysis = program.memory_analysis()
-    assert analysis is not None
-    predicted = memory.denoise_bytes(config, (5, 32, 32), 1, 4)
-    assert 1 / 3 < predicted / analysis.temp_size_in_bytes < 3
-
-
-def test_full_size_plans_are_plausible():
-    """14B at 480p: 80 GB must suffice beside weights of 28.6 GB; decoding the whole video at once would not."""
-    latents = (21, 60, 104)
-    assert 3e9 < memory.denoise_bytes(WanConfig.t2v_14b(), latents, 1, 2) < 15e9
-    assert memory.decode_method(VaeConfig(), latents, 60 << 30) == "stream"
-    assert memory.decode_method(VaeConfig(), latents, 8 << 30) == "tiled"
-    assert memory.decode_method(VaeConfig(), (1, 8, 8), None) == "whole"
-    whole, stream, tiled = (memory.decode_bytes(VaeConfig(), latents, m) for m in ("whole", "stream", "tiled"))
-    assert whole > 40e9 > 20e9 > stream > 4 * tiled
-
-
-def test_eight_bit_weights_are_refused_by_name():
-    with pytest.raises(UserError, match="stored as int8"):
-        memory.device_dtype("transformer", "blocks.ffn.linear_1.kernel", np.int8, "bfloat16")
 
 
 def test_times_and_peak_are_reported(distilled: Pipeline):

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 from typing import Any
@@ -114,25 +113,21 @@ def test_a_truncated_video_is_refused_or_shorter(tmp_path: pathlib.Path):
         read_frames(tmp_path / "a.mp4")
 
 
-def _limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: pathlib.Path):
     # A limit on the size of files gives the same failure of write() as a disk without room.
     code = f"""
+import resource
 import numpy as np
 from x2v_jax.errors import UserError
 from x2v_jax.video import write_video
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 noise = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
 try:
     write_video({str(tmp_path / "a.mp4")!r}, noise, 16, {{"seed": 1}})
 except UserError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=_limit_file_size, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "a.mp4" in done.stdout and "free some space" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -154,3 +149,18 @@ def test_gifs_and_pngs_for_documents(tmp_path: pathlib.Path):
     write_png(tmp_path / "a.png", sheet, scale=3)
     with Image.open(tmp_path / "a.png") as png:
         assert png.size == (3 * 196, 144)
+
+
+def test_a_small_video_has_the_same_bytes_whatever_memory_held_before():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    discs = [np.hypot(x - 50 + t, y - 30) < 10 for t in range(33)]
+    clean = np.stack([np.where(disc[..., None], (230, 25, 25), 15) for disc in discs])
+    frames = np.clip(clean + rng.normal(0, 3, clean.shape), 0, 255).astype(np.uint8)
+    encoded = set()
+    for _ in range(6):
+        sizes = (100, 1000, 4000, 8192, 10_000, 20_000, 60_000, 100_000, 300_000)
+        litter = [rng.integers(0, 255, size, dtype=np.uint8) for size in sizes for _ in range(100)]
+        del litter
+        encoded.add(encode_video(frames, 16))
+    assert len(encoded) == 1

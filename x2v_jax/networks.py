@@ -17,7 +17,7 @@ from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request import as_config
+from x2v_jax.request_checks import as_config
 
 _NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
     "transformer": (WanConfig, WanModel),

@@ -5,10 +5,9 @@ tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -19,6 +18,7 @@ from jaxtyping import Array, UInt8
 
 from x2v_jax import interchange, memory
 from x2v_jax.checkpoint import lora, names, store
+from x2v_jax.clock import Clock
 from x2v_jax.denoising import Conditions, Denoiser, OnStep
 from x2v_jax.diffusion import image_condition, noise, step_distill, unipc
 from x2v_jax.errors import UserError
@@ -117,7 +117,7 @@ class Pipeline:
         Raises:
             UserError: a field that is unknown or that this checkpoint cannot serve.
         """
-        return self.generate(_request(prompt, fields)).frames
+        return self.generate(Request.of(prompt, fields)).frames
 
     def resolve(self, request: Request) -> Request:
         """`request.resolve` with this pipeline's checkpoint and settings."""
@@ -152,7 +152,7 @@ class Pipeline:
             UserError: as `resolve`.
         """
         begin = time.perf_counter()
-        clock = _Clock()
+        clock = Clock()
         with self._precision():
             for request in requests:
                 request = self.resolve(request)
@@ -174,7 +174,7 @@ class Pipeline:
         """
         request = self.resolve(request)
         plan = self.plan(request)
-        clock = _Clock()
+        clock = Clock()
         try:
             with self._precision():
                 latents = self._latents(request, clock, on_step)
@@ -194,7 +194,7 @@ class Pipeline:
         peak = memory.peak_bytes()
         return Result(frames, np.asarray(latents[0]), request, dict(clock.seconds), plan, peak)
 
-    def _latents(self, request: Request, clock: "_Clock", on_step: OnStep | None) -> Array:
+    def _latents(self, request: Request, clock: Clock, on_step: OnStep | None) -> Array:
         conditions = self._conditions(request, clock)
         self._release_encoders()
         with clock("load"):
@@ -233,7 +233,7 @@ class Pipeline:
         initial, renoise = interchange.read_noise(request.initial_noise, shape, steps)
         return jnp.asarray(initial)[None], key if renoise is None else renoise
 
-    def _conditions(self, request: Request, clock: "_Clock") -> Conditions:
+    def _conditions(self, request: Request, clock: Clock) -> Conditions:
         transformer = self._network("transformer").config
         if request.text_embeddings is not None:
             texts = interchange.read_text_embeddings(
@@ -269,7 +269,7 @@ class Pipeline:
             )
             return Conditions(text, scale, features, jax.block_until_ready(given_latents)[None])
 
-    def _texts_of(self, prompts: Sequence[str], clock: "_Clock") -> list[np.ndarray]:
+    def _texts_of(self, prompts: Sequence[str], clock: Clock) -> list[np.ndarray]:
         if self._prompt_encoder is None:
             text_len = self._network("transformer").config.text_len
             self._prompt_encoder = PromptEncoder(self.checkpoint, self._network("text_encoder"), text_len)
@@ -342,21 +342,6 @@ class Pipeline:
         return jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
 
 
-class _Clock:
-    """Wall time by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
 def _prompts(request: Request) -> list[str]:
     """The texts to encode: with guidance the negative prompt first."""
     return [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
@@ -364,12 +349,3 @@ def _prompts(request: Request) -> list[str]:
 
 def _lora_pair(entry: Any) -> tuple[Any, float]:
     return (entry[0], float(entry[1])) if isinstance(entry, tuple | list) else (entry, 1.0)
-
-
-def _request(prompt: str, fields: dict[str, Any]) -> Request:
-    for name in fields:
-        if name not in Request.field_names():
-            near = difflib.get_close_matches(name, Request.field_names(), 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(Request.field_names())}"
-            raise UserError(f"unknown field {name!r}; {hint}")
-    return Request(prompt=prompt, **fields)

@@ -2,13 +2,14 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
 from x2v_jax.models import functional
 from x2v_jax.networks import Network
@@ -36,11 +37,11 @@ class PromptEncoder:
         self._known: OrderedDict[str, Embedding] = OrderedDict()
         self._encode = jax.jit(lambda params, ids, mask: functional.merge(network.graphdef, params)(ids, mask))
 
-    def __call__(self, prompts: Sequence[str], clock: Callable) -> list[Embedding]:
+    def __call__(self, prompts: Sequence[str], clock: Clock) -> list[Embedding]:
         """float32 [text_len, D] of each prompt, zero past its end. The encoder is loaded only for new prompts.
 
         Args:
-            clock: clock(name) is a context that adds its time to "load" or "text".
+            clock: takes the time of "load" and "text".
 
         Raises:
             UserError: the tokenizer is missing or belongs to another model.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, I2V, diffusers_folder, official_folder, random_tensors, save, save_json
 
-from x2v_jax.checkpoint.layouts import declared, recognise, select
+from x2v_jax.checkpoint.layouts import declared, recognise
+from x2v_jax.checkpoint.selection import select
 from x2v_jax.checkpoint.sizes import infer_config
 from x2v_jax.checkpoint.sources import identify, read_raw, to_official, unwrapped
 from x2v_jax.errors import UserError

@@ -7,7 +7,6 @@ tensors cannot tell (base or distilled). Nothing falls back: a variant that is n
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
 
 from x2v_jax.checkpoint.account import ranges
 from x2v_jax.checkpoint.file_sets import SUFFIXES, FileSet, file_set_of, file_sets, read_json
@@ -280,78 +279,3 @@ def declared(source: Source) -> dict[str, object]:
 
 def _tokenizer(root: pathlib.Path) -> pathlib.Path | None:
     return next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)
-
-
-def select(
-    layout: Layout, variant: str | None, components: Sequence[str], lent: Sequence[str] = ()
-) -> dict[str, Source]:
-    """The source of each component that is to be converted.
-
-    Args:
-        variant: what the user asked for, None for "the only one".
-        components: the components asked for; empty means all that are there.
-        lent: components that another checkpoint gives, not to be looked for here.
-
-    Raises:
-        UserError: the variant is not there, several are and none was asked for, or two files hold the same network.
-    """
-    wanted = [c for c in components or COMPONENTS if c not in lent]
-    chosen: dict[str, Source] = {}
-    for component in wanted:
-        found = layout.of(component)
-        if component == "transformer":
-            found = _of_variant(layout, found, variant)
-        if len(found) > 1:
-            places = " and ".join(str(s.files[0]) for s in found)
-            raise UserError(f"{layout.path}: {places} both hold a {component}; move one away or give the file itself")
-        if found:
-            chosen[component] = found[0]
-        elif components:
-            raise UserError(f"--component {component}: {layout.path} holds none; {_holds(layout)}")
-    if not chosen:
-        raise UserError(f"{layout.path}: nothing to convert; {_holds(layout)}")
-    return chosen
-
-
-def _of_variant(layout: Layout, found: list[Source], variant: str | None) -> list[Source]:
-    if variant:
-        if layout.path.is_file():  # the user points at this very file and says what it is
-            return [_with_variant(s, variant) for s in found]
-        exact = [s for s in found if s.variant == variant]
-        if not exact:
-            exact = [_with_variant(s, variant) for s in found if s.variant is None]
-        if found and not exact:
-            raise UserError(
-                f"--variant {variant}: {layout.path} has no such transformer ({_expected(variant)}); it holds "
-                f"{' and '.join(layout.variants)}"
-            )
-        found = exact
-    known = {s.variant for s in found}
-    if len(known) > 1:
-        listed = "; ".join(f"--variant {s.variant or 'NAME'}: {s.files[0]}" for s in found)
-        raise UserError(f"{layout.path} holds {len(found)} transformers; say which with --variant ({listed})")
-    full = [s for s in found if not s.precision]
-    return full or found
-
-
-def _expected(variant: str) -> str:
-    place = {
-        "distill": "distill_models/distill_model.safetensors or .pt",
-        "causvid": "causvid_models/causal_model.safetensors or .pt",
-        "base": "diffusion_pytorch_model*.safetensors",
-    }.get(variant)
-    return f"{place} is missing" if place else "no file named after it"
-
-
-def _holds(layout: Layout) -> str:
-    inside = sorted({s.component for s in layout.sources})
-    if inside:
-        return f"it holds {', '.join(inside)}"
-    reasons = _reasons(layout)
-    return f"no Wan2.1 weights found{reasons}; `python -m convert inspect {layout.path}` lists what is there"
-
-
-def _reasons(layout: Layout) -> str:
-    parts: Iterator[str] = (f"{p.name}: {reason}" for p, reason in layout.left_out[:5])
-    text = "; ".join(parts)
-    return f" ({text})" if text else ""

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from x2v_jax.checkpoint.account import differences
-from x2v_jax.checkpoint.layouts import Layout, Source, declared, recognise, select
+from x2v_jax.checkpoint.layouts import Layout, Source, declared, recognise
 from x2v_jax.checkpoint.lora import LoraFile, merge_into
 from x2v_jax.checkpoint.names import COMPONENTS
 from x2v_jax.checkpoint.native_writer import Streamed
-from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule, override_schedule
+from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule, override_schedule, resolution_in
+from x2v_jax.checkpoint.selection import select
 from x2v_jax.checkpoint.sizes import infer_config
 from x2v_jax.checkpoint.sources import OfficialTensors, to_official
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
@@ -142,7 +143,7 @@ def open_source(source: Source, settings: Mapping[str, Any] | None = None) -> tu
     """
     found = to_official(source.read(), source.kind)
     config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
-    if source.component == "image_encoder" and source.naming == "diffusers" and "visual.head" not in found.tensors:
+    if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
         found = _with_empty_head(found, config)
     return Opened(source, config, found), differences(source.component, config, found)
 
@@ -195,7 +196,9 @@ def _lent(reuse: NativeCheckpoint | None, asked: Sequence[str]) -> list[str]:
 
 def _references(reuse: NativeCheckpoint | None, lent: Sequence[str], destination: pathlib.Path) -> dict[str, str]:
     references: dict[str, str] = {}
-    for component in lent if reuse else ():
+    if reuse is None:
+        return references
+    for component in lent:
         holder = pathlib.Path(os.path.abspath(reuse.holder(component).path))
         # Side by side, the two can be moved together; anywhere else only the absolute path is sure.
         near = holder.parent == pathlib.Path(os.path.abspath(destination)).parent
@@ -259,8 +262,8 @@ def _variant_and_schedule(
             "--variant says otherwise"
         )
     schedule = default_schedule(variant, transformer.config, where)
-    if transformer.config.model_type == "i2v" and "720p" not in where.lower() and not options.schedule:
-        notes.append("transformer: taken as the 480P model, as no folder's name says 720P; else --schedule i2v_720p")
+    if transformer.config.model_type == "i2v" and resolution_in(where) is None and not options.schedule:
+        notes.append("transformer: taken as the 480P model, as no name says 720P; if it is, give --schedule i2v_720p")
     if options.schedule:
         schedule = override_schedule(options.schedule, schedule)
         if variant == "base" and options.schedule in SCHEDULES and schedule.is_distilled:

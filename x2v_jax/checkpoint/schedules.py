@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ _NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-_HD = {"height": 720, "width": 1280}
+_HD: dict[str, Any] = {"height": 720, "width": 1280}
 
 
 def _distilled(steps: tuple[int, ...], **values: Any) -> Schedule:
@@ -54,12 +55,22 @@ def default_schedule(variant: str, config: WanConfig | None, where: str = "") ->
         where: the source's path: I2V 480P and 720P have the same tensors and differ by their folder's name only.
     """
     image = config is not None and config.model_type == "i2v"
-    high = image and "720p" in where.lower()
+    high = image and resolution_in(where) == "720p"
     if variant != "base":
         return dataclasses.replace(SCHEDULES[variant], **(_HD if high else {}))
     if image:
         return SCHEDULES["i2v_720p" if high else "i2v_480p"]
     return SCHEDULES["t2v_1_3b" if config is None or config.dim <= 1536 else "t2v_14b"]
+
+
+def resolution_in(path: str) -> str | None:
+    """ "480p" or "720p", whichever stands last in a path; None when neither does.
+
+    >>> resolution_in("/data/720p/Wan2.1-I2V-14B-480P/config.json")
+    '480p'
+    """
+    found = re.findall(r"480p|720p", path.lower())
+    return found[-1] if found else None
 
 
 def override_schedule(text: str, default: Schedule) -> Schedule:
@@ -105,9 +116,7 @@ def _values(text: str) -> dict[str, Any]:
 
 def _check(name: str, value: Any, default: Any) -> None:
     if name == "denoising_step_list":
-        steps = value if isinstance(value, list) else [None]
-        good = value is None or (steps and all(_is_number(s) and 0 < s <= 1000 for s in steps))
-        good = good and (value is None or all(a > b for a, b in itertools.pairwise(steps)))
+        good = value is None or (isinstance(value, list) and _is_step_list(value))
         kind = "a falling list of timesteps in 1..1000, or null"
     elif name == "sampler":
         good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
@@ -121,6 +130,12 @@ def _check(name: str, value: Any, default: Any) -> None:
         good, kind = isinstance(value, str), "text"
     if not good:
         raise UserError(f"--schedule: {name} is {value!r}; it must be {kind}")
+
+
+def _is_step_list(values: list[Any]) -> bool:
+    if not values or not all(_is_number(value) and 0 < value <= 1000 for value in values):
+        return False
+    return all(a > b for a, b in itertools.pairwise(values))
 
 
 def _is_number(value: Any) -> bool:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.names import CONFIGS, official_shapes
+from x2v_jax.checkpoint.names import CONFIGS, Config, official_shapes
 from x2v_jax.checkpoint.names_diffusers import DiffusersNames, Part, res_blocks_of
 from x2v_jax.checkpoint.safetensors_file import read_safetensors
+from x2v_jax.checkpoint.scales import join_scales
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.checkpoint.torch_file import read_torch_file
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import WanConfig
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
@@ -29,7 +31,6 @@ _WRAPPERS = frozenset(
 _STATES = ("generator_ema", "generator", "model", "state_dict", "module", "ema")
 
 _ACTIVATION_SCALES = (".scale_input", ".input_scale")
-_QUANTIZED = frozenset(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,42 +162,66 @@ def _has_sign(name: str, sign: str) -> bool:
 
 
 def to_official(raw: RawTensors, kind: Kind) -> OfficialTensors:
-    """Brings tensors under official names: merges scales, renames, joins what diffusers splits."""
-    if kind.component not in CONFIGS:
+    """Brings tensors under official names: merges scales, renames, joins what diffusers splits.
+
+    Raises:
+        UserError: two keys mean the same tensor.
+    """
+    if kind.component is None or kind.component not in CONFIGS:
         raise ValueError(f"{kind.component} is no network of Wan2.1")
-    tensors, own, quantized, problems = _with_scales(raw.tensors)
+    weights = join_scales(raw.tensors)
+    parse = _parser(kind.component, kind.naming, raw.tensors)
     ignored: dict[str, str] = {}
-    parts: dict[str, dict[int, str]] = {}
-    part_of: dict[str, Part] = {}
     unknown: list[str] = []
-    names = DiffusersNames(kind.component, res_blocks_of(tensors)) if kind.naming == "diffusers" else None
-    known = None if names else _official_grammar(kind.component, tensors)
-    for key in tensors:
-        reason = _reason_to_ignore(kind.component, key, tensors)
+    parts: dict[str, dict[int, str]] = {}  # official key -> index -> own key
+    meaning: dict[str, Part] = {}
+    for key, own in weights.own.items():
+        reason = _reason_to_ignore(kind.component, key, raw.tensors)
+        part = None if reason else parse(key)
         if reason:
-            ignored |= {k: reason for k in own[key]}
-            continue
-        part = names.parse(_full_name(kind.component, key)) if names else (Part(key) if known and known(key) else None)
-        if part is None:
-            unknown += own[key]
-        elif part.index in parts.get(part.official, {}):
-            raise UserError(f"{own[key][0]!r} and {parts[part.official][part.index]!r} are the same tensor; keep one")
+            ignored |= dict.fromkeys(own, reason)
+        elif part is None:
+            unknown += own
+        elif part.index in parts.setdefault(part.official, {}):
+            raise UserError(f"{key!r} and {parts[part.official][part.index]!r} are the same tensor; keep one of them")
         else:
-            parts.setdefault(part.official, {})[part.index] = key
-            part_of[key] = part
+            parts[part.official][part.index] = key
+            meaning[key] = part
     official: dict[str, LazyTensor] = {}
     origin: dict[str, tuple[str, ...]] = {}
+    problems = list(weights.problems)
     for name, found in parts.items():
-        keys = [found[i] for i in sorted(found)]
-        origin[name] = tuple(k for key in keys for k in own[key])
-        part = part_of[keys[0]]
-        if len(found) < part.count:
-            lost = part.count - len(found)
+        keys = [found[index] for index in sorted(found)]
+        origin[name] = tuple(own for key in keys for own in weights.own[key])
+        part = meaning[keys[0]]
+        if len(keys) < part.count:
+            lost = part.count - len(keys)
             problems.append(f"{', '.join(keys)}: {lost} of the {part.count} parts of {name} missing")
-            continue
-        official[name] = _joined([tensors[key] for key in keys], part)
-    was_8bit = frozenset(name for name, found in parts.items() if quantized & set(found.values()))
+        else:
+            official[name] = _joined([weights.tensors[key] for key in keys], part)
+    was_8bit = frozenset(name for name, found in parts.items() if weights.quantized.intersection(found.values()))
     return OfficialTensors(official, origin, ignored, tuple(unknown), was_8bit, tuple(problems))
+
+
+def _parser(component: str, naming: str, keys: Iterable[str]) -> Callable[[str], Part | None]:
+    """What a key of the file means, by the names of a convention; None where it means nothing."""
+    if naming == "diffusers":
+        names = DiffusersNames(component, res_blocks_of(keys))
+        return lambda key: names.parse(_full_name(component, key))
+    # Of official names every layer number is known: whether the network has the layer is asked when its depth is.
+    known = {_any_layer(key) for key in official_shapes(component, _widest(component))}
+    return lambda key: Part(key) if _any_layer(key) in known else None
+
+
+def _any_layer(key: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in key.split("."))
+
+
+def _widest(component: str) -> Config:
+    """A config whose network has every kind of parameter that the component can have."""
+    if component == "transformer":
+        return WanConfig(dim=2, ffn_dim=1, num_heads=1, num_layers=1, model_type="i2v")
+    return CONFIGS[component]()
 
 
 def _full_name(component: str, key: str) -> str:
@@ -206,19 +231,6 @@ def _full_name(component: str, key: str) -> str:
     if component == "text_encoder" and key == "encoder.embed_tokens.weight":
         return "shared.weight"
     return key
-
-
-def _official_grammar(component: str, tensors: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a key is one that an official file of some size can hold: layer numbers count as any number."""
-
-    def shape_free(key: str) -> str:
-        return ".".join("#" if part.isdecimal() else part for part in key.split("."))
-
-    config = {
-        "transformer": lambda: CONFIGS["transformer"](dim=128, ffn_dim=1, num_heads=1, num_layers=1, model_type="i2v"),
-    }.get(component, CONFIGS[component])()
-    known = {shape_free(key) for key in official_shapes(component, config)}
-    return lambda key: shape_free(key) in known
 
 
 def _reason_to_ignore(component: str, key: str, tensors: Mapping[str, Any]) -> str | None:
@@ -234,67 +246,6 @@ def _reason_to_ignore(component: str, key: str, tensors: Mapping[str, Any]) -> s
     if component == "transformer" and (key in ("freqs", "scaled_fp8") or key.endswith(_ACTIVATION_SCALES)):
         return "not a weight"
     return None
-
-
-def _with_scales(
-    raw: Mapping[str, LazyTensor],
-) -> tuple[dict[str, LazyTensor], dict[str, tuple[str, ...]], set[str], list[str]]:
-    """Joins 8-bit weights with their scales. Returns tensors, the raw keys of each, which were 8-bit, and problems."""
-    tensors: dict[str, LazyTensor] = {}
-    own: dict[str, tuple[str, ...]] = {}
-    problems: list[str] = []
-    scale_of: dict[str, str] = {}
-    for key in raw:
-        for weight in (key.removesuffix("_scale"), key.removesuffix("scale_weight") + "weight"):
-            if key.endswith(("weight_scale", ".scale_weight")) and weight in raw and weight != key:
-                scale_of[weight] = key
-    scales = set(scale_of.values())
-    quantized = {key for key, tensor in raw.items() if tensor.dtype.name in _QUANTIZED and key != "scaled_fp8"}
-    for key, tensor in raw.items():
-        if key in scales:
-            continue
-        scale = scale_of.get(key)
-        own[key] = (key,) if scale is None else (key, scale)
-        tensors[key] = tensor
-        if key in quantized or scale:
-            if scale is None and tensor.dtype.name == "int8":
-                problems.append(f"{key} is int8 and {key}_scale is missing; its values have no meaning without it")
-            problem = scale and _scale_problem(key, tensor.shape, raw[scale].shape)
-            if problem:
-                problems.append(problem)
-            else:
-                tensors[key] = _dequantized(tensor, raw[scale] if scale else None)
-                quantized.add(key)
-    return tensors, own, quantized, problems
-
-
-def _scale_problem(key: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> str | None:
-    """Scales are one for all, one a row, or one a 128x128 block."""
-    size = int(np.prod(scale, dtype=np.int64))
-    blocks = tuple(-(-n // 128) for n in shape)
-    if size == 1 or (shape and size == shape[0] and scale in ((shape[0],), (shape[0], 1))) or scale == blocks:
-        return None
-    return f"{key} has shape {list(shape)} and its scale {list(scale)}; it must be one a tensor, row or 128x128 block"
-
-
-def _dequantized(weight: LazyTensor, scale: LazyTensor | None) -> LazyTensor:
-    """weight * scale in float32: the scale is never rounded to a shorter type."""
-
-    def load() -> np.ndarray:
-        values = weight.read().astype(np.float32)
-        if scale is None:
-            return values
-        factors = scale.read().astype(np.float32)
-        if factors.size == 1:
-            factors = factors.reshape(())
-        elif factors.size == values.shape[0] and factors.shape in ((values.shape[0],), (values.shape[0], 1)):
-            factors = factors.reshape(-1, *([1] * (values.ndim - 1)))
-        else:
-            factors = factors.repeat(128, 0)[: values.shape[0]].repeat(128, 1)[:, : values.shape[1]]
-        values *= factors
-        return values
-
-    return LazyTensor(weight.shape, np.dtype(np.float32), load)
 
 
 def _joined(tensors: list[LazyTensor], part: Part) -> LazyTensor:
