@@ -115,7 +115,8 @@ def make(case: Case) -> Runner:
         model = WanVae(VaeConfig(), rngs=nnx.Rngs(0), dtype=jnp.float32)
         inputs, apply = (latents,), lambda model, latents: model.decode(latents)
     graphdef, params = nnx.split(model)
-    compiled = jax.jit(lambda params, *inputs: apply(nnx.merge(graphdef, params), *inputs)).lower(params, *inputs).compile()
+    program = jax.jit(lambda params, *inputs: apply(nnx.merge(graphdef, params), *inputs))
+    compiled = program.lower(params, *inputs).compile()
     return lambda: jax.block_until_ready(compiled(params, *inputs))
 
 
@@ -161,14 +162,14 @@ def machine() -> dict[str, Any]:
     if information.exists():
         lines = information.read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(), "python": platform.python_version()}
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=sorted(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each case and side")
-    parser.add_argument("--other-python", type=pathlib.Path, help="Python that has torch and diffusers; they take turns with us")
+    parser.add_argument("--other-python", help="a Python that has torch and diffusers: the two sides take turns")
     parser.add_argument("--other", type=pathlib.Path, help="what benchmarks.cpu_diffusers printed on this machine")
     parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT)
     arguments = parser.parse_args(argv)
@@ -202,7 +203,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     sides: list[Side] = [Ours()]
     if not arguments.other_python:
         return [sides[0].about], compare(sides, arguments.cases, arguments.rounds)
-    other = Other([str(arguments.other_python), "-m", "benchmarks.cpu_diffusers", "--serve"])
+    other = Other([arguments.other_python, "-m", "benchmarks.cpu_diffusers", "--serve"])
     try:
         sides.append(other)
         return [side.about for side in sides], compare(sides, arguments.cases, arguments.rounds)

@@ -33,12 +33,6 @@ CASES: dict[str, TransformerCase | VaeCase] = {"dit": TransformerCase(), "vae": 
 Runner = Callable[[], None]
 
 
-def tiny_cases() -> dict[str, TransformerCase | VaeCase]:
-    """The same cases at sizes for tests (the VAE keeps its widths)."""
-    dit = TransformerCase(dim=24, ffn_dim=32, num_heads=2, text_len=4, text_dim=8, latents=(1, 4, 4, 16))
-    return {"dit": dit, "vae": VaeCase(latents=(2, 2, 2, 16))}
-
-
 def seconds(run: Runner) -> dict[str, float]:
     """Wall-clock seconds of one run, and the seconds of CPU that all threads of the process spent on it."""
     cpu, start = time.process_time(), time.perf_counter()

@@ -1,8 +1,8 @@
 """The other side of benchmarks.cpu: diffusers on PyTorch, in an environment of its own (this project needs neither).
 
     python -m venv torch-env && torch-env/bin/pip install torch diffusers
-    python -m benchmarks.cpu --other-python=torch-env/bin/python          # both, run by run in turn
-    torch-env/bin/python -m benchmarks.cpu_diffusers > other.json         # or alone; then benchmarks.cpu --other=other.json
+    python -m benchmarks.cpu --other-python=torch-env/bin/python    # both, run by run in turn
+    torch-env/bin/python -m benchmarks.cpu_diffusers > other.json   # or alone, for benchmarks.cpu --other=other.json
 
 Random weights, float32, no gradients, PyTorch's default number of threads.
 """
@@ -12,8 +12,8 @@ import json
 import statistics
 import sys
 
-import diffusers
-import torch
+import diffusers  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks.cpu_cases import CASES, Runner, TransformerCase, VaeCase, seconds, serve
 
@@ -60,7 +60,9 @@ def _without_gradients(function) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_diffusers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_diffusers", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=sorted(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each case")
     parser.add_argument("--serve", action="store_true", help="take orders on standard input (benchmarks.cpu does this)")

@@ -19,7 +19,7 @@ print("frames:", frames.shape, frames.dtype)
 # `generate` gives the latents, the times and the memory too, and calls back after each step.
 result = pipe.generate(
     Request(prompt="a yellow triangle moves up", seed=1),
-    on_step=lambda progress: None,
+    on_step=lambda step, steps, latents: None,  # a progress bar, a preview, or a reason to stop
 )
 print("latents:", result.latents.shape, "| seconds:", {k: round(v, 2) for k, v in result.seconds.items()})
 

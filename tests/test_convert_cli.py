@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from small_checkpoints import official_folder, random_tensors, save
@@ -79,9 +78,12 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(args, message, capsys):
 
 
 def test_help_and_mistakes_answer_at_once_without_jax():
-    start = time.perf_counter()
-    assert "wan" in run("--help").stdout and run("wan", "--help").returncode == 0
-    assert time.perf_counter() - start < 4
+    before = os.times()
+    assert "wan" in run("--help").stdout
+    after = os.times()
+    busy = after.children_user + after.children_system - before.children_user - before.children_system
+    assert busy < 1  # of the processor's time: the machine may be at work on other tests
+    assert run("wan", "--help").returncode == 0
     script = (
         "import sys; from convert.__main__ import main; main(['wan', '/nowhere', 'x']); assert 'jax' not in sys.modules"
     )

@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.foreground_weight = 9.0
     config.l1_weight = 0.1
     config.kl_weight = 1e-4
+    config.eval_videos = 16
+    config.statistics_videos = 128  # from which the mean and deviation of the latents are taken
     config.ema_decay = 0.99
     config.optimizer = "adam"
     config.clip_norm = 0.5

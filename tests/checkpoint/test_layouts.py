@@ -1,12 +1,14 @@
 """What a folder or file holds is told by its tensors; what is not there is never replaced by something else."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, I2V, diffusers_folder, official_folder, random_tensors, save, save_json
 
 from x2v_jax.checkpoint.layouts import declared, recognise
+from x2v_jax.checkpoint.safetensors_file import read_safetensors
 from x2v_jax.checkpoint.selection import select
 from x2v_jax.checkpoint.sizes import infer_config
 from x2v_jax.checkpoint.sources import identify, read_raw, to_official, unwrapped
@@ -147,6 +149,36 @@ def test_wrapper_prefixes_at_any_depth(tmp_path, prefix):
     assert {unwrapped(key) for key in wrapped} == set(TRANSFORMER)
     (source,) = recognise(save(tmp_path / "x.safetensors", wrapped)).sources
     assert to_official(source.read(), source.kind).tensors.keys() == TRANSFORMER.keys()
+
+
+def test_8_bit_copies_stand_back_behind_full_precision(tmp_path):
+    made = official_folder(tmp_path)
+    stored = {key: value.astype(np.int8) for key, value in TRANSFORMER.items()}
+    save(tmp_path / "int8/block_0.safetensors", stored)
+    save(
+        tmp_path / "int8/models_t5_umt5-xxl-enc-int8.pth",
+        {k: v.astype(np.int8) for k, v in made["text_encoder"].items()},
+    )
+    layout = recognise(tmp_path)
+    chosen = select(layout, None, ())
+    assert chosen["transformer"].precision is None and chosen["text_encoder"].precision is None
+    with pytest.raises(UserError, match="has no such transformer"):
+        select(layout, "distill", ())  # nothing says that int8/ was made from distilled weights
+    assert select(recognise(tmp_path / "int8"), None, ())["transformer"].precision == "int8"
+    save(tmp_path / "distill_int8/block_0.safetensors", stored)
+    with pytest.raises(UserError, match=r"--variant distill: .*distill_int8"):
+        select(recognise(tmp_path), None, ())
+    assert select(recognise(tmp_path), "distill", ())["transformer"].precision == "int8"
+
+
+def test_a_trainers_file_as_torch_writes_it():
+    data = pathlib.Path(__file__).parent / "data"
+    raw = read_raw([data / "trainer.pth"])
+    plain = read_safetensors(data / "trainer.safetensors")
+    assert (raw.state, raw.other_states) == ("generator_ema", ("generator", "critic", "step"))
+    assert raw.tensors.keys() == {unwrapped(key) for key in plain}
+    for key, tensor in plain.items():
+        assert np.array_equal(raw.tensors[unwrapped(key)].read(), tensor.read())
 
 
 def trainer_file(path, **states):

@@ -20,8 +20,6 @@ from x2v_jax.models.config import Schedule, VaeConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge, split
 from x2v_jax.models.vae import WanVae
 
-_EVAL_VIDEOS = 16
-
 
 class VaeTask:
     def __init__(self, config: Any):
@@ -67,8 +65,9 @@ class VaeTask:
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """PSNR of whole 33-frame videos, over all frames and over the last one (drift shows there)."""
-        videos = shapes.render(shapes.sample_scenes(jax.random.key(12345), _EVAL_VIDEOS))
-        decoded = jnp.concatenate([self._reconstruct(params, videos[i : i + 4]) for i in range(0, _EVAL_VIDEOS, 4)])
+        count = self.config.eval_videos
+        videos = shapes.render(shapes.sample_scenes(jax.random.key(12345), count))
+        decoded = jnp.concatenate([self._reconstruct(params, videos[i : i + 4]) for i in range(0, count, 4)])
         error = np.square(np.asarray(decoded - videos, np.float64))
         psnr = 10 * np.log10(4.0 / error.mean(axis=(1, 2, 3, 4))).mean()
         last = 10 * np.log10(4.0 / error[:, -1].mean(axis=(1, 2, 3))).mean()
@@ -77,7 +76,9 @@ class VaeTask:
         return {"psnr": float(psnr), "psnr_last_frame": float(last)}
 
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
-        config = dataclasses.replace(self.vae_config, **latent_statistics(self.graphdef, params, self.config.seed))
+        config = dataclasses.replace(
+            self.vae_config, **latent_statistics(self.graphdef, params, self.config.seed, self.config.statistics_videos)
+        )
         weights = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
         schedule = Schedule(height=shapes.SIZE, width=shapes.SIZE, num_frames=shapes.NUM_FRAMES)
         save_native(
@@ -119,7 +120,7 @@ def inflate_start(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def latent_statistics(graphdef: Any, params: Params, seed: int, num_videos: int = 128) -> dict[str, tuple[float, ...]]:
+def latent_statistics(graphdef: Any, params: Params, seed: int, num_videos: int) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation of each latent channel over rendered videos."""
     encode = jax.jit(lambda params, video: merge(graphdef, params).moments(video)[0])
     latents = [

@@ -31,7 +31,7 @@ class Weights:
 
 
 def join_scales(raw: Mapping[str, LazyTensor]) -> Weights:
-    """Multiplies 8-bit weights out with their scales, when they are read. Scales are never rounded to a shorter type."""
+    """Multiplies 8-bit weights out with their scales, when they are read. Scales are never rounded."""
     scale_of = {weight: key for key in raw if (weight := _weight_of(key)) in raw}
     scales = set(scale_of.values())
     tensors: dict[str, LazyTensor] = {}

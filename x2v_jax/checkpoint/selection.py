@@ -24,7 +24,7 @@ def select(
     wanted = [c for c in components or COMPONENTS if c not in lent]
     chosen: dict[str, Source] = {}
     for component in wanted:
-        found = layout.of(component)
+        found = _full_precision(layout.of(component))
         if component == "transformer":
             found = _of_variant(layout, found, variant)
         if len(found) > 1:
@@ -56,8 +56,13 @@ def _of_variant(layout: Layout, found: list[Source], variant: str | None) -> lis
     if len(known) > 1:
         listed = "; ".join(f"--variant {s.variant or 'NAME'}: {s.files[0]}" for s in found)
         raise UserError(f"{layout.path} holds {len(found)} transformers; say which with --variant ({listed})")
-    full = [s for s in found if not s.precision]
-    return full or found
+    return found
+
+
+def _full_precision(found: list[Source]) -> list[Source]:
+    """Leaves out 8-bit copies of what is there in 16 or 32 bits; of unknown variant they may be copies of any."""
+    full = {s.variant for s in found if not s.precision}
+    return [s for s in found if not s.precision or (s.variant not in full and not (full and s.variant is None))]
 
 
 def _expected(variant: str) -> str:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-# First fold: what the noise is for. The two kinds of draw can then never meet, whatever step and block are.
-_INITIAL, _STEP = 0, 1
+# First fold: what the noise is for. The kinds of draw can then never meet, whatever step and block are.
+_INITIAL, _STEP, _BLOCK = 0, 1, 2
 
 
 def initial_noise(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "..."]:
@@ -26,5 +26,12 @@ def step_noise(key: Key[Array, ""], step: ArrayLike, shape: Sequence[int], block
     `step` and `block` may be traced, so that one compiled function serves all of them.
     """
     for index in (_STEP, block, step):
+        key = jax.random.fold_in(key, index)
+    return jax.random.normal(key, tuple(shape), jnp.float32)
+
+
+def block_noise(key: Key[Array, ""], block: ArrayLike, shape: Sequence[int]) -> Float[Array, "..."]:
+    """The standard normal float32 sample that block `block` of a block-by-block video starts from. May be traced."""
+    for index in (_BLOCK, block):
         key = jax.random.fold_in(key, index)
     return jax.random.normal(key, tuple(shape), jnp.float32)

@@ -78,14 +78,18 @@ def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs:
 
 
 def scan_blocks(
-    blocks: nnx.Module, x: Array, apply: Callable[[Any, Array], Array], *, last: int | None = None
-) -> Array:
-    """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given)."""
+    blocks: nnx.Module, x: Any, apply: Callable[..., Any], *, last: int | None = None, inputs: Any = None
+) -> Any:
+    """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given).
+
+    inputs: arrays with a leading layer axis; if given, apply(block, x, inputs of the layer) is called. x may be a tree.
+    """
     graphdef, params = nnx.split(blocks)
     if last is not None:
         params = jax.tree.map(lambda leaf: leaf[:last], params)
 
-    def step(carry: Array, block_params: Any) -> tuple[Array, None]:
-        return apply(nnx.merge(graphdef, block_params), carry), None
+    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
+        block = nnx.merge(graphdef, layer[0])
+        return (apply(block, carry) if inputs is None else apply(block, carry, layer[1])), None
 
-    return jax.lax.scan(step, x, params)[0]
+    return jax.lax.scan(step, x, (params, inputs))[0]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from x2v_jax.models.config import Umt5Config
 from x2v_jax.models.layers import Linear, RMSNorm, scan_blocks, stacked
 
-Tokens = Float[Array, "b l d"]
+Tokens = Float[Array, "b _ _"]
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "query key"]:

@@ -27,8 +27,8 @@ from x2v_jax.models.vae_blocks import (
 
 Cache = Any  # a nested tuple of the causal convolutions' last input frames; None before the first frame
 
-Video = Float[Array, "b f height width 3"]
-Latents = Float[Array, "b n h w c"]
+Video = Float[Array, "b _ _ _ 3"]
+Latents = Float[Array, "b _ _ _ _"]
 
 
 class _Head(nnx.Module):
@@ -40,7 +40,7 @@ class _Head(nnx.Module):
         return self.conv(nnx.silu(self.norm(x)), cache)
 
 
-def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.List:
+def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> Any:
     return nnx.List(
         [
             ResidualBlock(features, features, rngs=rngs, **dtypes),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from x2v_jax.ops.attention import attention
 
-Frames = Float[Array, "b f h w c"]
+Frames = Float[Array, "b _ _ _ _"]
 
 
 def run_chain(blocks: Sequence[Any], x: Frames, cache: Any) -> tuple[Frames, Any]:

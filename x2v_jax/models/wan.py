@@ -2,6 +2,9 @@
 
 Source: Wan2.1 wan/modules/model.py. Matmuls run in `dtype`; the residual stream, norms, modulation, time embedding,
 rotary angles and softmax are float32.
+
+The same weights serve three ways of attending: in both directions, block-causal over a whole clip (training), and
+block by block with the keys and values of earlier frames from a cache (Self-Forcing wan/modules/causal_model.py).
 """
 
 from typing import Any
@@ -10,29 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.layers import LayerNorm, Linear, RMSNorm, normalize, scan_blocks, stacked
-from x2v_jax.models.rope import RopeTables, apply_rope, rope_tables
-from x2v_jax.ops.attention import attention
-
-Tokens = Float[Array, "b l d"]
+from x2v_jax.models.layers import LayerNorm, Linear, normalize, scan_blocks, stacked
+from x2v_jax.models.rope import rope_tables, rope_tables_at
+from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
+from x2v_jax.ops.attention import Span
 
 # torch's nn.LayerNorm default; the rest of the model uses 1e-6.
 _IMAGE_EMBEDDING_EPS = 1e-5
-
-
-class _Mlp(nnx.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, sizes: tuple[int, int, int], activation: Any, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.linear_1 = Linear(sizes[0], sizes[1], rngs=rngs, **dtypes)
-        self.linear_2 = Linear(sizes[1], sizes[2], rngs=rngs, **dtypes)
-        self.activation = activation
-
-    def __call__(self, x: Array) -> Array:
-        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class _ImageEmbedding(nnx.Module):
@@ -46,76 +37,6 @@ class _ImageEmbedding(nnx.Module):
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.norm_2(self.linear_2(jax.nn.gelu(self.linear_1(self.norm_1(x)), approximate=False)))
-
-
-class _Attention(nnx.Module):
-    """Projections and query/key norms that self and cross attention share."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, Linear(config.dim, config.dim, rngs=rngs, **dtypes))
-        self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-        self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-        self.num_heads = config.num_heads
-        self.dtype = dtypes["dtype"]
-
-    def heads(self, x: Tokens) -> Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1).astype(self.dtype)
-
-    def project_out(self, y: Array) -> Tokens:
-        return self.o(y.reshape(*y.shape[:2], -1))
-
-
-class SelfAttention(_Attention):
-    def __call__(self, x: Tokens, rope: RopeTables) -> Tokens:
-        q = apply_rope(self.norm_q(self.q(x)).reshape(*x.shape[:2], self.num_heads, -1), rope)
-        k = apply_rope(self.norm_k(self.k(x)).reshape(*x.shape[:2], self.num_heads, -1), rope)
-        return self.project_out(attention(q.astype(self.dtype), k.astype(self.dtype), self.heads(self.v(x))))
-
-
-class CrossAttention(_Attention):
-    """Attention to the text, and for image-to-video to the image with keys and values of its own; the two are summed.
-
-    The padding of the text is attended too: the published models were trained without a mask.
-    """
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        super().__init__(config, rngs=rngs, **dtypes)
-        self.has_image = config.model_type == "i2v"
-        if self.has_image:
-            self.k_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-            self.v_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-            self.norm_k_img = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-
-    def __call__(self, x: Tokens, text: Tokens, image: Tokens | None) -> Tokens:
-        q = self.heads(self.norm_q(self.q(x)))
-        y = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
-        if self.has_image:
-            y = y + attention(q, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image)))
-        return self.project_out(y)
-
-
-class Block(nnx.Module):
-    """Self attention, cross attention and feed-forward, the first and last modulated by the timestep."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        param_dtype = dtypes["param_dtype"]
-        self.modulation = nnx.Param(_modulation_init(rngs, 6, config.dim, param_dtype))
-        self.self_attn = SelfAttention(config, rngs=rngs, **dtypes)
-        self.norm3 = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.cross_attn = CrossAttention(config, rngs=rngs, **dtypes)
-        self.ffn = _Mlp((config.dim, config.ffn_dim, config.dim), jax.nn.gelu, rngs=rngs, **dtypes)
-        self.eps = config.eps
-
-    def __call__(
-        self, x: Tokens, time: Float[Array, "b 6 d"], text: Tokens, image: Tokens | None, rope: RopeTables
-    ) -> Tokens:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(_modulated(self.modulation, time), 6, axis=1)
-        y = self.self_attn(normalize(x, self.eps) * (1 + scale_1) + shift_1, rope)
-        x = x + y.astype(jnp.float32) * gate_1
-        x = x + self.cross_attn(self.norm3(x), text, image).astype(jnp.float32)
-        y = self.ffn(normalize(x, self.eps) * (1 + scale_2) + shift_2)
-        return x + y.astype(jnp.float32) * gate_2
 
 
 class _PatchEmbedding(nnx.Module):
@@ -135,14 +56,14 @@ class _PatchEmbedding(nnx.Module):
 class _Head(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         out = _product(config.patch_size) * config.out_dim
-        self.modulation = nnx.Param(_modulation_init(rngs, 2, config.dim, param_dtype))
+        self.modulation = nnx.Param(modulation_init(rngs, 2, config.dim, param_dtype))
         self.linear = Linear(config.dim, out, rngs=rngs, dtype=jnp.float32, param_dtype=param_dtype)
         # A new model predicts zero velocity, as the published initialisation has it.
         self.linear.kernel[...] = jnp.zeros_like(self.linear.kernel[...])
         self.eps = config.eps
 
-    def __call__(self, x: Tokens, time: Float[Array, "b d"]) -> Tokens:
-        shift, scale = jnp.split(_modulated(self.modulation, time[:, None]), 2, axis=1)
+    def __call__(self, x: Tokens, time: Float[Array, "b *f _"]) -> Tokens:
+        shift, scale = modulation_parts(self.modulation, time[..., None, :], x.shape[1])
         return self.linear(normalize(x, self.eps) * (1 + scale) + shift)
 
 
@@ -162,8 +83,8 @@ class WanModel(nnx.Module):
         dim = config.dim
         self.config = config
         self.patch_embedding = _PatchEmbedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.text_embedding = _Mlp((config.text_dim, dim, dim), jax.nn.gelu, rngs=rngs, **dtypes)
-        self.time_embedding = _Mlp((config.freq_dim, dim, dim), jax.nn.silu, rngs=rngs, **exact)
+        self.text_embedding = Mlp((config.text_dim, dim, dim), jax.nn.gelu, rngs=rngs, **dtypes)
+        self.time_embedding = Mlp((config.freq_dim, dim, dim), jax.nn.silu, rngs=rngs, **exact)
         self.time_projection = Linear(dim, 6 * dim, rngs=rngs, **exact)
         if config.model_type == "i2v":
             self.img_emb = _ImageEmbedding(config.clip_dim, dim, rngs=rngs, **dtypes)
@@ -173,31 +94,81 @@ class WanModel(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "b f h w c"],
-        timestep: Float[Array, " b"],
+        timestep: Float[Array, "b *f"],
         text: Float[Array, "b l t"],
         image_features: Float[Array, "b n i"] | None = None,
+        *,
+        causal: CausalPattern | None = None,
     ) -> Float[Array, "b f h w o"]:
         """One evaluation of the velocity field.
 
         Args:
             latents: noisy latents; for image-to-video with the mask (4) and the image's latents (16) behind the noise
                 (16) on channels. h and w are even.
-            timestep: 1000 sigma, not rounded.
+            timestep: 1000 sigma, not rounded; [B], or [B, F] for a noise level in each frame.
             text: text embeddings, zero-padded to the model's text_len; all rows are attended.
             image_features: CLIP features, image-to-video only.
+            causal: which earlier frames a frame attends to; None: all frames attend to all.
 
         Returns:
             velocity = noise - x0, float32.
         """
-        grid = _patch_grid(latents.shape, self.config.patch_size)
-        x = self.patch_embedding(_patchify(latents.astype(jnp.float32), self.config.patch_size))
-        time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
-        block_time = self.time_projection(jax.nn.silu(time)).reshape(-1, 6, self.config.dim)
+        x, time, block_time, grid = self._embed(latents, timestep)
         text = self.text_embedding(text)
         image = self._embed_image(image_features)
         rope = rope_tables(grid, self.config.head_dim)
-        x = scan_blocks(self.blocks, x, lambda block, x: block(x, block_time, text, image, rope))
+        spans = None if causal is None else _spans(causal, grid)
+        x = scan_blocks(self.blocks, x, lambda block, x: block(x, block_time, text, image, rope, spans))
         return _unpatchify(self.head(x, time), grid, self.config.patch_size)
+
+    def cross_keys(self, text: Float[Array, "b l t"], image_features: Float[Array, "b n i"] | None = None) -> CrossKeys:
+        """What `with_cache` attends to besides frames: [layers, B, N, H, D]. Computed once a prompt."""
+        text, image = self.text_embedding(text), self._embed_image(image_features)
+        graphdef, params = nnx.split(self.blocks.cross_attn)
+        return jax.lax.map(lambda layer: nnx.merge(graphdef, layer).keys(text, image), params)
+
+    def with_cache[Cache: KeyValueCache](
+        self,
+        latents: Float[Array, "b f h w c"],
+        timestep: Float[Array, "b *f"],
+        context: CrossKeys,
+        cache: Cache,
+        start_frame: Int[Array, ""],
+    ) -> tuple[Float[Array, "b f h w o"], Cache]:
+        """The velocity of one block of frames that attends to itself and to the earlier frames in the cache.
+
+        Args:
+            latents, timestep: of the block, as in `__call__`.
+            context: from `cross_keys`.
+            cache: is given the keys and values of this block in every layer; called again at the same start_frame, it
+                has those of the last call. It is carried through the layers, never stacked or unstacked.
+            start_frame: position of the block's first frame; may be traced.
+
+        Returns:
+            (velocity, float32; the cache with this block in it).
+        """
+        x, time, block_time, grid = self._embed(latents, timestep)
+        rope = rope_tables_at(start_frame + jnp.arange(grid[0]), grid[1:], self.config.head_dim)
+        end_frame = start_frame + grid[0]
+
+        def apply(block: Block, carry: Any, inputs: Any) -> Any:
+            (x, cache), (layer, keys) = carry, inputs
+            return block.with_cache(x, block_time, keys, rope, cache, layer, start_frame, end_frame)
+
+        inputs = (jnp.arange(self.config.num_layers), context)
+        x, cache = scan_blocks(self.blocks, (x, cache), apply, inputs=inputs)
+        return _unpatchify(self.head(x, time), grid, self.config.patch_size), cache
+
+    def _embed(self, latents: Array, timestep: Array) -> tuple[Tokens, Array, Array, tuple[int, int, int]]:
+        """(tokens, time [B, *F, D], time of the blocks [B, *F, 6, D], (frames, rows, columns) of the tokens)."""
+        if timestep.ndim == 2 and (timestep.shape[1] != latents.shape[1] or self.config.patch_size[0] != 1):
+            raise ValueError(f"timesteps of shape {timestep.shape} for latents of shape {latents.shape}")
+        grid = _patch_grid(latents.shape, self.config.patch_size)
+        x = self.patch_embedding(_patchify(latents.astype(jnp.float32), self.config.patch_size))
+        time = self.time_embedding(timestep_embedding(timestep.ravel(), self.config.freq_dim))
+        time = time.reshape(*timestep.shape, -1)
+        block_time = self.time_projection(jax.nn.silu(time)).reshape(*timestep.shape, 6, self.config.dim)
+        return x, time, block_time, grid
 
     def _embed_image(self, features: Array | None) -> Tokens | None:
         if (self.config.model_type == "i2v") != (features is not None):
@@ -213,12 +184,13 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int) -> Float[Array, "
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _modulated(modulation: nnx.Param, time: Array) -> Array:
-    return modulation[...].astype(jnp.float32) + time.astype(jnp.float32)
-
-
-def _modulation_init(rngs: nnx.Rngs, parts: int, dim: int, param_dtype: DTypeLike) -> Array:
-    return jax.random.normal(rngs.params(), (parts, dim), param_dtype) / dim**0.5
+def _spans(causal: CausalPattern, grid: tuple[int, int, int]) -> list[Span]:
+    tokens = grid[1] * grid[2]
+    spans = []
+    for start, stop in causal.blocks(grid[0]):
+        sink, first = causal.visible(stop)
+        spans.append(Span(start * tokens, stop * tokens, first * tokens, stop * tokens, sink * tokens))
+    return spans
 
 
 def _product(sizes: tuple[int, ...]) -> int:

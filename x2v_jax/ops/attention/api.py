@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from x2v_jax.ops.attention.reference import attention_reference
 
@@ -18,21 +18,25 @@ def attention(
     v: Float[Array, "b lk h d"],
     *,
     scale: float | None = None,
+    key_length: Int[Array, ""] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b lq h d"]:
-    """softmax(q k^T * scale) v, not causal, without a mask. scale: 1 / sqrt(d) if None.
+    """softmax(q k^T * scale) v, every query to every key. scale: 1 / sqrt(d) if None.
 
     Args:
+        key_length: only the first so many keys count, at least 1; may be traced, so that one program serves a cache
+            however full it is. The rows behind it must be finite. None: all keys.
         implementation: "reference" (exact, any platform), "cudnn" (16-bit on NVIDIA GPUs, d a multiple of 8 up to 128),
             or "auto": cudnn where the program is lowered for CUDA and the inputs allow it, reference elsewhere.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def reference(q: Array, k: Array, v: Array) -> Array:
-        return attention_reference(q, k, v, scale=scale)
+        return attention_reference(q, k, v, scale=scale, key_length=key_length)
 
     def cudnn(q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        lengths = None if key_length is None else jnp.full(k.shape[:1], key_length, jnp.int32)
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn")
 
     if implementation == "cudnn":
         return cudnn(q, k, v)

@@ -2,10 +2,11 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Scores that exist at one time stay below this many float32 values: 256 MiB on accelerators. On CPU 32 MiB: several
 # times as fast as 256, since the scores of one block are written and read again before they leave the cache.
@@ -14,64 +15,80 @@ _MAX_SCORES_CPU = 1 << 23
 
 
 def attention_reference(
-    q: Float[Array, "b lq h d"], k: Float[Array, "b lk h d"], v: Float[Array, "b lk h d"], *, scale: float
+    q: Float[Array, "b lq h d"],
+    k: Float[Array, "b lk h d"],
+    v: Float[Array, "b lk h d"],
+    *,
+    scale: float,
+    key_length: Int[Array, ""] | None = None,
 ) -> Float[Array, "b lq h d"]:
-    """softmax(q k^T * scale) v with float32 scores and softmax. Queries are taken in chunks; the result is the same."""
-    cpu = functools.partial(_attend_by_heads, scale=scale)
-    default = functools.partial(_attend_by_queries, scale=scale)
+    """softmax(q k^T * scale) v with float32 scores and softmax. Queries are taken in chunks; the result is the same.
+
+    key_length: only the first so many keys are attended, at least 1; may be traced. None: all.
+    """
+    cpu = functools.partial(_attend_by_heads, scale=scale, key_length=key_length)
+    default = functools.partial(_attend_by_queries, scale=scale, key_length=key_length)
     return jax.lax.platform_dependent(q, k, v, cpu=cpu, default=default)
 
 
-def _attend_by_queries(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+def _attend_by_queries(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
     b, lq, h, _ = q.shape
     chunk = max(1, _MAX_SCORES // (b * h * k.shape[1]))
     if chunk >= lq:
-        return _attend(q, k, v, scale)
+        return _attend(q, k, v, scale, key_length)
     chunks = -(-lq // chunk)
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - lq), (0, 0), (0, 0)))
     split = padded.reshape(b, chunks, chunk, h, -1).swapaxes(0, 1)
-    out = jax.lax.map(lambda q_chunk: _attend(q_chunk, k, v, scale), split)
+    out = jax.lax.map(lambda q_chunk: _attend(q_chunk, k, v, scale, key_length), split)
     return out.swapaxes(0, 1).reshape(b, chunks * chunk, h, -1)[:, :lq]
 
 
-def _attend(q: Array, k: Array, v: Array, scale: float) -> Array:
+def _attend(q: Array, k: Array, v: Array, scale: float, key_length: Array | None) -> Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(_without_keys_past(key_length, scores), axis=-1)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype)
 
 
-def _attend_by_heads(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    """One group of heads at a time, heads leading: with heads behind, XLA transposes the scores before the product."""
+def _attend_by_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
+    """Groups of heads in turn, heads leading: with heads behind, XLA on CPU transposes the scores before the product."""
     b, lq, h, d = q.shape
     heads = [x.swapaxes(1, 2).reshape(b * h, x.shape[1], d) for x in (q, k, v)]
-    attend = functools.partial(_attend_heads, scale=scale)
-    group = _largest_divisor(b * h, max(1, _MAX_SCORES_CPU // (lq * k.shape[1])))
-    if group == b * h:
+    attend = functools.partial(_attend_heads, scale=scale, key_length=key_length)
+    group = max(1, _MAX_SCORES_CPU // (lq * k.shape[1]))
+    if group >= b * h:
         out = attend(*heads)
     else:
-        groups = [x.reshape(-1, group, *x.shape[1:]) for x in heads]
-        out = jax.lax.map(lambda group: _attend_in_chunks(*group, attend), groups)
+        group = next(g for g in range(group, 0, -1) if b * h % g == 0)
+        # Without jax.checkpoint a gradient would keep the scores of all blocks.
+        by_queries = functools.partial(_in_chunks, jax.checkpoint(attend))
+        out = jax.lax.map(lambda x: by_queries(*x), [x.reshape(-1, group, *x.shape[1:]) for x in heads])
     return out.reshape(b, h, lq, d).swapaxes(1, 2)
 
 
-def _attend_in_chunks(q: Array, k: Array, v: Array, attend) -> Array:
-    # Without the checkpoint, a gradient would keep the scores of all blocks after all.
-    attend = jax.checkpoint(attend)
+def _in_chunks(attend: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Array:
     g, lq, d = q.shape
-    chunks = math.ceil(g * lq * k.shape[1] / _MAX_SCORES_CPU)
+    chunks = min(lq, math.ceil(g * lq * k.shape[1] / _MAX_SCORES_CPU))
     if chunks == 1:
         return attend(q, k, v)
     chunk = math.ceil(lq / chunks)
-    ...
+    chunks = math.ceil(lq / chunk)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - lq), (0, 0)))
+    out = jax.lax.map(lambda q: attend(q, k, v), padded.reshape(g, chunks, chunk, d).swapaxes(0, 1))
+    return out.swapaxes(0, 1).reshape(g, chunks * chunk, d)[:, :lq]
 
 
-def _attend_heads(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+def _attend_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
     """[heads, queries, d]. Divides by the sum of the weights after the product: d divisions a query instead of keys."""
     scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32) * scale
+    scores = _without_keys_past(key_length, scores)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     out = jax.lax.dot_general(
         weights.astype(v.dtype), v, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
     return (out / total).astype(q.dtype)
+
+
+def _without_keys_past(key_length: Array | None, scores: Array) -> Array:
+    return scores if key_length is None else jnp.where(jnp.arange(scores.shape[-1]) < key_length, scores, -jnp.inf)

@@ -1,0 +1,206 @@
+"""Videos made block by block with a cache, as long as wanted: Self-Forcing and CausVid, by one compiled function.
+
+A block is denoised as a step-distilled model is (predict x0, add noise again), while the network attends to the keys and
+values of earlier blocks; then it is shown once more, clean, and what that leaves in the cache is what later blocks see.
+Sources: Self-Forcing pipeline/causal_inference.py, CausVid causvid/models/wan/causal_inference.py.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
+from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
+from x2v_jax.diffusion.noise import block_noise, step_noise
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
+from x2v_jax.errors import UserError
+from x2v_jax.models.config import WanConfig
+from x2v_jax.models.functional import Params, merge
+from x2v_jax.models.wan_blocks import CrossKeys
+
+Latents = Float[Array, "b f h w c"]
+# (block, its shape [B, f, h, w, C]) -> what it starts from, [B, f, h, w, C]
+NoiseFn = Callable[[int, tuple[int, ...]], Array]
+# (block, number of steps, its shape) -> what is added after each step but the last, [steps - 1, B, f, h, w, C]
+RenoiseFn = Callable[[int, int, tuple[int, ...]], Array]
+
+
+class Rollout:
+    """A plan for one network and size.
+
+    Every block goes through the same program, `block`: positions, block numbers and the choice between denoising and
+    showing a clean block are its arguments. It is compiled once for each block length, of which there are at most two.
+
+    Args:
+        graphdef: of a WanModel of `config`, text-to-video.
+        latent_size: rows and columns of the latents.
+        cache_dtype: what keys and values are kept in; None: as the network computes.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: WanConfig,
+        plan: RolloutPlan,
+        latent_size: tuple[int, int],
+        *,
+        batch: int = 1,
+        cache_dtype: Any = jnp.bfloat16,
+    ):
+        if config.in_dim != config.out_dim or config.model_type != "t2v":
+            raise UserError(
+                f"the checkpoint's model_type is {config.model_type!r} with {config.in_dim} input channels; block-by-block "
+                "video runs text-to-video models, which continue an image given as their first frame"
+            )
+        if config.patch_size[0] != 1 or any(n % p for n, p in zip(latent_size, config.patch_size[1:], strict=True)):
+            raise UserError(
+                f"latents of {latent_size} rows and columns do not split into patches of {config.patch_size}"
+            )
+        rows, columns = (n // p for n, p in zip(latent_size, config.patch_size[1:], strict=True))
+        self.config, self.plan, self.batch, self.cache_dtype = config, plan, batch, cache_dtype
+        self.latent_size = latent_size
+        self.layout = CacheLayout(plan.window, rows * columns, plan.sink, relative=plan.positions == "relative")
+        self._graphdef = graphdef
+        self.block = jax.jit(self._block, donate_argnames="cache")
+        self.prepare = jax.jit(lambda params, text: merge(graphdef, params).cross_keys(text))
+
+    def empty_cache(self) -> KVCache:
+        return KVCache.empty(self.config, self.layout, self.batch, self.cache_dtype)
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        return (self.batch, frames, *self.latent_size, self.config.in_dim)
+
+    def stream(
+        self,
+        params: Params,
+        context: CrossKeys,
+        noise: NoiseFn,
+        renoise: RenoiseFn,
+        num_frames: int | None = None,
+        *,
+        given: Latents | None = None,
+    ) -> Iterator[Latents]:
+        """Blocks of clean latents [B, f, h, w, C] float32, each as soon as it is there.
+
+        Args:
+            context: from `prepare(params, text)`, text [B, L, D].
+            noise, renoise: what blocks start from and what is added between steps; `keyed_noise` makes both from a key.
+            num_frames: length of the video, the given frames included; None: until the caller stops, where the plan's
+                mode has no end.
+            given: clean latents of the first blocks, e.g. of an image or of an earlier run. They are not yielded again.
+
+        Raises:
+            UserError: the plan cannot make num_frames, or `given` is not whole blocks of this size.
+        """
+        steps = self.plan.steps(num_frames)
+        if given is not None:
+            self._check_given(given, num_frames)
+        return self._stream(params, context, noise, renoise, steps, given)
+
+    def _stream(self, params: Any, context: Any, noise: Any, renoise: Any, steps: Any, given: Any) -> Iterator[Array]:
+        plan, cache = self.plan, self.empty_cache()
+        silent = {}  # re-noise that is not used, by shape
+        known = 0 if given is None else given.shape[1]
+        latents, made = None, 0
+        for step in steps:
+            shape = self.shape(step.frames)
+            is_given = not step.seed and made < known
+            if is_given:
+                latents = jnp.asarray(given[:, made : made + step.frames], jnp.float32)
+            elif not step.seed:
+                latents = jnp.asarray(noise(step.block, shape), jnp.float32)
+            if step.seed or is_given:
+                first, last = plan.num_steps, plan.num_steps + 1
+                added = silent.setdefault(shape, jnp.zeros((max(1, plan.num_steps - 1), *shape), jnp.float32))
+            else:
+                first, last = 0, plan.num_steps + (step.keep and plan.context_timestep is not None)
+                added = self._added(renoise, step.block, shape)
+            made += 0 if step.seed else step.frames
+            latents, cache = self.block(
+                params, context, cache, latents, added, np.int32(step.start_frame), np.int32(first), np.int32(last),
+                self._context_timestep(is_given),
+            )  # fmt: skip
+            if not step.seed and not is_given:
+                yield latents
+
+    def _added(self, renoise: RenoiseFn, block: int, shape: tuple[int, ...]) -> Array:
+        if self.plan.num_steps == 1:
+            return jnp.zeros((1, *shape), jnp.float32)
+        return jnp.asarray(renoise(block, self.plan.num_steps, shape), jnp.float32)
+
+    def _context_timestep(self, is_given: bool) -> np.float32:
+        """At which timestep a finished block is shown again. Frames that were given are clean, whatever the plan."""
+        if is_given:
+            return np.float32(0)
+        if self.plan.context_timestep is None:
+            return np.float32(timestep_from_sigma(self.plan.sigmas[-1]))
+        return np.float32(self.plan.context_timestep)
+
+    def _block(
+        self,
+        params: Params,
+        context: CrossKeys,
+        cache: KVCache,
+        latents: Latents,
+        renoise: Float[Array, "s b f h w c"],
+        start_frame: Array,
+        first: Array,
+        last: Array,
+        context_timestep: Array,
+    ) -> tuple[Latents, KVCache]:
+        """Steps [first, last) of a block at `start_frame`: those of the plan, and after them the clean context pass.
+
+        One loop body is the whole program, so it holds the network once.
+        """
+        steps = self.plan.num_steps
+        sigmas = jnp.asarray((*self.plan.sigmas, 0.0), jnp.float32)
+        timesteps = timestep_from_sigma(sigmas).at[steps].set(context_timestep)
+        model = merge(self._graphdef, params)
+
+        def body(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            x, cache = carry
+            velocity, cache = model.with_cache(x, jnp.full(x.shape[:1], timesteps[i]), context, cache, start_frame)
+            x0 = x0_from_velocity(x, velocity, sigmas[i])
+            # After the last step the next level is 0, which leaves x0 as it is.
+            added = jax.lax.dynamic_index_in_dim(renoise, jnp.minimum(i, len(renoise) - 1), keepdims=False)
+            following = add_noise(x0, added, sigmas[jnp.minimum(i + 1, steps)])
+            return jnp.where(i < steps, following, x), cache
+
+        return jax.lax.fori_loop(first, last, body, (latents, cache))
+
+    def _check_given(self, given: Array, num_frames: int | None) -> None:
+        frames, expected = given.shape[1], self.shape(given.shape[1])
+        if given.shape != expected:
+            raise UserError(f"the given latents have shape {given.shape}; {expected} fits this model and size")
+        first = 1 if self.plan.independent_first_frame else 0
+        if frames < 1 or (frames - first) % self.plan.block:
+            raise UserError(
+                f"{frames} latent frames are given; this model goes on after "
+                f"{'1 frame and ' if first else ''}whole blocks of {self.plan.block}"
+            )
+        if num_frames is not None and frames >= num_frames:
+            raise UserError(f"{frames} latent frames are given and num_frames is {num_frames}; ask for more than that")
+
+
+def keyed_noise(key: Key[Array, ""]) -> tuple[NoiseFn, RenoiseFn]:
+    """The two noise functions of `Rollout.stream` as functions of a request's key alone."""
+
+    def renoise(block: int, steps: int, shape: tuple[int, ...]) -> Array:
+        return _renoise(key, block, steps, shape)
+
+    return lambda block, shape: _initial(key, block, shape), renoise
+
+
+_initial = jax.jit(block_noise, static_argnames="shape")
+
+
+def _step_noises(key: Key[Array, ""], block: Array, steps: int, shape: tuple[int, ...]) -> Array:
+    return jnp.stack([step_noise(key, step, shape, block) for step in range(steps - 1)])
+
+
+_renoise = jax.jit(_step_noises, static_argnames=("steps", "shape"))
