@@ -53,7 +53,7 @@ class DmdSettings:
 
     @classmethod
     def from_self_forcing(cls, guidance_scale: float, fake_guidance_scale: float = 0.0, **others: float) -> Self:
-        """Settings whose guidance is written as in Self-Forcing's configs: cond + scale (cond - uncond), 5 for our 6."""
+        """Settings with guidance as Self-Forcing's configs have it: cond + scale (cond - uncond), 5 where ours is 6."""
         return cls(real_guidance_scale=guidance_scale + 1, fake_guidance_scale=fake_guidance_scale + 1, **others)
 
 

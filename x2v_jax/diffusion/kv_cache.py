@@ -1,9 +1,9 @@
 """The keys and values of earlier frames: one flat tree of fixed shape, however long the video.
 
-Rows are kept by frame. The sink keeps the first rows for good; all other frames share the rest as a ring, so a new frame
-takes the place of the oldest and nothing is ever moved. What is valid is always a prefix of the rows, and attention does
-not ask in which order keys come. The frames that remain are those of Self-Forcing's cache (wan/modules/causal_model.py),
-which shifts all rows down instead.
+Rows are kept by frame. The sink keeps the first rows for good; all other frames share the rest as a ring, so a new
+frame takes the place of the oldest and nothing is ever moved. What is valid is always a prefix of the rows, and
+attention does not ask in which order keys come. The frames that remain are those of Self-Forcing's cache
+(wan/modules/causal_model.py), which shifts all rows down instead.
 
 Keys are kept turned to their absolute frame. Distances within the window are then right for any frame number; those to
 the sink grow with the video. In `relative` mode the sink is turned on, from a copy of what was written, so that it
@@ -130,8 +130,8 @@ class KVCache:
         most = self.layout.window - self.layout.sink
         if rest or not 0 < frames <= most:
             raise ValueError(
-                f"{keys.shape[1]} rows are not 1 to {most} frames of {self.layout.frame_tokens} rows, what {self.layout} "
-                "can take at once"
+                f"{keys.shape[1]} rows are not 1 to {most} frames of {self.layout.frame_tokens} rows, what a cache with "
+                f"{self.layout} can take at once"
             )
         return frames
 
