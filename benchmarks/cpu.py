@@ -124,6 +124,7 @@ def compare(sides: Sequence[Side], cases: Sequence[str], rounds: int) -> dict[st
     """Times of each case for each side, `rounds` runs each, the sides taking turns: {case: {side name: times}}."""
     results = {}
     for case in cases:
+        print(f"{case}: building", file=sys.stderr, flush=True)
         for side in sides:
             side.load(case)
         print(f"{case}: timing", file=sys.stderr, flush=True)

@@ -61,8 +61,9 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     from benchmarks.shapes_frechet import diversity, frechet_distance, largest_differences
     from benchmarks.shapes_judge import label_names
     from benchmarks.shapes_report import plain, table
-    from benchmarks.shapes_sampling import ShapesModel, to_uint8
+    from benchmarks.shapes_sampling import ShapesModel
     from train.data.shapes import heldout_prompts
+    from x2v_jax.pixels import to_uint8
 
     prompts = heldout_prompts(args.prompts, args.seed)
     wanted = label_names(prompts)

@@ -20,6 +20,7 @@ from x2v_jax.models.functional import Params, abstract, merge
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
+from x2v_jax.pixels import to_uint8
 from x2v_jax.request import Request, as_config, latent_shape
 from x2v_jax.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ class ShapesModel:
             seeds = (request.seed + rows) % 2**32
             keys = jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
             latents = sample(self._params["transformer"], keys, texts[rows], texts[-1])
-            videos = to_uint8(self._decode(self._params["vae"], latents))
+            videos = np.asarray(to_uint8(self._decode(self._params["vae"], latents)))
             yield videos[: len(prompts) - rows[0]]
 
     def encode_text(self, prompts: Sequence[str]) -> jax.Array:
@@ -80,8 +81,8 @@ class ShapesModel:
     def reconstruct(self, videos: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         """Videos [N, F, H, W, 3] in [-1, 1] through the autoencoder and back, a batch at a time: uint8."""
         for rows in _batches(len(videos), batch_size):
-            again = self._reconstruct(self._params["vae"], videos[rows])
-            yield to_uint8(again)[: len(videos) - rows[0]]
+            again = np.asarray(to_uint8(self._reconstruct(self._params["vae"], videos[rows])))
+            yield again[: len(videos) - rows[0]]
 
     def _reconstruct_fn(self, params: Params, videos: jax.Array) -> jax.Array:
         vae = self._merge("vae", params)
@@ -125,11 +126,6 @@ def make_sampler(graphdef: nnx.GraphDef, shape: tuple[int, ...], request: Reques
         )
 
     return sample
-
-
-def to_uint8(videos: Any) -> np.ndarray:
-    """[-1, 1] -> 0..255."""
-    return np.round((np.clip(np.asarray(videos, np.float32), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
 def _batches(count: int, size: int) -> Iterator[np.ndarray]:

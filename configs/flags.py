@@ -199,8 +199,8 @@ def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) ->
     lines = [usage.rstrip(), "", "options:"]
     for name, option in options.items():
         lines.append(f"  --{name}{'=' + option.value if option.value else '':<{22 - len(name)}} {option.help}")
-    lines += ["", "keys (--config.KEY=VALUE):"]
-    for key in keys:
+    for i, key in enumerate(keys):
+        lines += [] if i else ["", "keys (--config.KEY=VALUE):"]
         default = "" if isinstance(key.default, type) else f" [{key.default}]"
         lines.append(f"  {key.name:<22} {key.help}{default}")
     return "\n".join(lines)
@@ -219,6 +219,9 @@ def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collection
     for i, part in enumerate([*groups, last]):
         if not isinstance(holder, ml_collections.ConfigDict) or part not in holder:
             known = holder.keys() if isinstance(holder, ml_collections.ConfigDict) else []
+            if not known:
+                parent = ".".join([*groups, last][:i])
+                raise UserError(f"config.{parent} is one value without keys; write --config.{parent}=VALUE")
             raise UserError(f"config has no key {'.'.join([*groups, last][: i + 1])!r}; {nearest(part, known)}")
         if i < len(groups):
             holder = holder[part]

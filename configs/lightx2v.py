@@ -107,6 +107,8 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         if ours.pop("num_inference_steps", len(steps)) != len(steps):
             warnings.warn(f"infer_steps is ignored: denoising_step_list has {len(steps)} steps", stacklevel=2)
     ours["guidance_scale"] = _guidance(values, is_distilled=steps is not None)
+    if not isinstance(values.get("lora_configs") or [], list):
+        raise UserError(f'lora_configs is {values["lora_configs"]!r}; give a list of {{"path": FILE, "strength": 1.0}}')
     if "lora_configs" in values:
         ours["lora"] = tuple(_lora(entry) for entry in values["lora_configs"] or ())
     if values.get("use_tiling_vae"):

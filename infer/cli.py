@@ -161,7 +161,11 @@ def _summarize(results: "Sequence[Result]", seconds: dict[str, float], total: fl
 
 
 def _plain_warnings() -> None:
+    shown = set()  # a request is resolved here and again in the pipeline, and would warn twice
+
     def show(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show

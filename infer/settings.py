@@ -3,16 +3,18 @@
 import dataclasses
 import hashlib
 import pathlib
+import tempfile
 import warnings
 from typing import Any
 
 from configs import flags
-from configs.inference import inference_config
-from x2v_jax import memory
+from configs.inference import KEYS, inference_config
+from x2v_jax import interchange, memory
 from x2v_jax.checkpoint.lora import parse_lora_argument
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.errors import UserError
-from x2v_jax.request import Request, resolve
+from x2v_jax.image import load_image
+from x2v_jax.request import Request, latent_shape, resolve
 
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
@@ -69,6 +71,9 @@ def read(line: flags.CommandLine) -> Settings:
         )
     loras = tuple(_lora(entry) for entry in config.lora)
     jobs = _jobs(config, checkpoint, has_loras=bool(loras))
+    for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
+        _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
+    _check_inputs(jobs[0].request, checkpoint)
     files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
     inputs = {path: _sha256(pathlib.Path(path)) for path in files}
     if recorded is not None:
@@ -106,7 +111,8 @@ def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict
 
 
 def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoint: NativeCheckpoint) -> None:
-    for path, digest in recorded.get("inputs", {}).items():
+    digests = recorded.get("inputs")
+    for path, digest in digests.items() if isinstance(digests, dict) else ():
         if path in inputs and inputs[path] != digest:
             warnings.warn(f"{path} has changed since that video was made; this one will differ", stacklevel=3)
     if recorded.get("model_sha256") not in (None, checkpoint_digest(checkpoint)):
@@ -116,6 +122,11 @@ def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoin
 
 
 def _check(config: Config) -> None:
+    if lacking := [key.name for key in KEYS if key.name not in config]:
+        raise UserError(
+            f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; `python -m train` takes those "
+            "for training"
+        )
     problems = []
     if config.dtype not in memory.DTYPES:
         problems.append(f"config.dtype is {config.dtype!r}; give {' or '.join(memory.DTYPES)}")
@@ -173,7 +184,34 @@ def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> t
     for folder in {job.folder for job in jobs}:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"config.output: {folder} is a file, not a folder; choose another place")
+        _check_writable("output", folder)
+    if config.save_latents is not None:
+        _check_writable("save_latents", pathlib.Path(config.save_latents).parent)
     return tuple(jobs)
+
+
+def _check_writable(key: str, folder: pathlib.Path) -> None:
+    """Asks before the work and not after it whether files can be made in a folder, or the folder itself can be."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"config.{key}: {folder} cannot be written to ({error.strerror}); choose another place"
+        ) from None
+
+
+def _check_inputs(request: Request, checkpoint: NativeCheckpoint) -> None:
+    """Opens the files that a request names, before weights are loaded."""
+    if request.text_embeddings is not None:
+        transformer = checkpoint.config("transformer")
+        interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
+    if checkpoint.task == "i2v":
+        load_image(request.image)  # its shape decides the noise's, which the pipeline checks
+    elif request.initial_noise is not None:
+        steps = None if request.denoising_step_list is None else len(request.denoising_step_list)
+        interchange.read_noise(request.initial_noise, latent_shape(request, checkpoint), steps)
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -195,6 +233,8 @@ def _numbered_latents(config: Config, number: int, total: int) -> str | None:
     path = pathlib.Path(config.save_latents)
     if total > 1:
         path = path.with_name(f"{path.stem}-{_padded(number, total)}{path.suffix}")
+    if not path.name or path.is_dir():
+        raise UserError(f"config.save_latents is {config.save_latents!r}, a folder; give a .safetensors file")
     if path.exists() and not config.overwrite:
         raise UserError(f"config.save_latents: {path} exists; give another name or --overwrite")
     return str(path)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from infer.settings import _slug
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
-from x2v_jax.video import read_frames, read_metadata
+from x2v_jax.video import read_frames, read_metadata, write_video
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -341,3 +342,51 @@ def test_interrupting_ends_quietly_and_leaves_nothing(base: pathlib.Path, workin
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err and not out
     assert not list(working_folder.iterdir())
+
+
+def test_what_cannot_be_written_or_read_is_said_before_any_weights_are_loaded(
+    checkpoint: pathlib.Path,
+    working_folder: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("infer.cli._set_up_jax", lambda cache: pytest.fail("the work began"))
+    for name, shape in (("noise", (16, 1, 6, 4)), ("text", (5, 25))):
+        with SafetensorsWriter(f"{name}.safetensors", {name: (shape, np.float32)}) as writer:
+            writer.write(name, np.zeros(shape, np.float32))
+    cases = {
+        "output": ("/proc/videos/v.mp4", "config.output: /proc/videos cannot be written to"),
+        "save_latents": ("/proc/latents.safetensors", "config.save_latents: /proc cannot be written to"),
+        "initial_noise": ("noise.safetensors", "this request needs [16, 1, 4, 6]"),
+        "text_embeddings": ("text.safetensors", "this model takes [L, 24]"),
+    }
+    for name, (value, message) in cases.items():
+        assert run(*keys(checkpoint, num_frames=1, prompt="a", **{name: value})) == 2
+        assert message in capsys.readouterr().err
+    damaged = pathlib.Path(shutil.copytree(checkpoint, "damaged"))
+    os.truncate(damaged / "vae.safetensors", (damaged / "vae.safetensors").stat().st_size - 9)
+    assert run(*keys(damaged, prompt="a")) == 2
+    assert "vae.safetensors': it is truncated" in capsys.readouterr().err
+    assert run("--config=configs/shapes/vae.py") == 2
+    assert "no inference config" in capsys.readouterr().err
+    assert run(*keys(checkpoint, save_latents=working_folder), "--overwrite") == 2
+    assert "a folder; give a .safetensors file" in capsys.readouterr().err
+    assert not (working_folder / "outputs").exists()
+
+
+def test_a_key_of_a_key_is_explained(capsys: pytest.CaptureFixture[str]):
+    assert run("--config.checkpoint.path=x") == 2
+    assert "config.checkpoint is one value without keys; write --config.checkpoint=VALUE" in capsys.readouterr().err
+
+
+def test_a_warning_is_given_once(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    assert run(*keys(checkpoint, num_frames=1, prompt="")) == 0
+    assert capsys.readouterr().err.count("prompt is empty") == 1
+
+
+def test_rerun_takes_no_harm_from_foreign_metadata(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    values = {"config": {"checkpoint": str(checkpoint), "height": 33}, "inputs": [1]}
+    write_video("v.mp4", np.zeros((1, 32, 32, 3), np.uint8), 16, values)
+    assert run("--rerun=v.mp4") == 2
+    assert "height is 33" in capsys.readouterr().err
+    assert run("--rerun=v.mp4", "--config.height=32", "--config.num_frames=1") == 0

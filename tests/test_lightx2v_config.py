@@ -94,6 +94,7 @@ def test_comments_and_trailing_commas_are_allowed(tmp_path: pathlib.Path):
         ({"num_fragments": 3, "num_blocks": 7}, "num_fragments, num_blocks: settings of autoregressive models"),
         ({"denoising_step_list": None, "model_cls": "wan2.1_distill"}, "without its denoising_step_list"),
         ({"denoising_step_list": "1000"}, "give a list such as"),
+        ({"lora_configs": 5}, "lora_configs is 5; give a list"),
         ({"lora_configs": ["a.safetensors"]}, "lora_configs holds 'a.safetensors'"),
         ({"target_hight": 480}, "unknown key 'target_hight'; did you mean target_height?"),
         ({"zzz": 1}, "LightX2V has no such setting"),

@@ -103,16 +103,17 @@ def test_step_distillation_equals_the_networks_called_by_hand(distilled: Pipelin
     assert result.frames.shape == (5, 32, 48, 3) and result.frames.dtype == np.uint8
 
 
-def test_guidance_uses_negative_then_positive_prompt(base: Pipeline):
+@pytest.mark.parametrize(("asked", "scale"), [(None, 4.0), (0.0, 0.0)])
+def test_guidance_uses_negative_then_positive_prompt(base: Pipeline, asked: float | None, scale: float):
     """One UniPC step is x - sigma v, and sigma starts at shift * 0.999 / (1 + (shift - 1) 0.999)."""
-    result = base.generate(Request(PROMPT, seed=1, num_inference_steps=1))
+    result = base.generate(Request(PROMPT, seed=1, num_inference_steps=1, guidance_scale=asked))
     model = network(base, "transformer")
     x = noise.initial_noise(jax.random.key(1), (1, *LATENTS))
     sigma = shifted(0.999, 3.0)
     timestep = jnp.full((1,), np.trunc(1000 * sigma), jnp.float32)
     velocity = nnx.jit(lambda model, text: model(x, timestep, text))
     negative, positive = (velocity(model, embed(base, text)) for text in ("bad", PROMPT))
-    expected = x - sigma * (negative + 4.0 * (positive - negative))
+    expected = x - sigma * (negative + scale * (positive - negative))
     assert np.linalg.norm(result.latents - expected[0]) < 1e-4 * np.linalg.norm(expected)
 
 

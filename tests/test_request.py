@@ -129,7 +129,7 @@ def test_what_a_base_checkpoint_cannot_do_is_refused_with_the_way_out(fields: di
 def test_what_contradicts_a_distilled_schedule_is_refused_unless_insisted_on(fields: dict[str, Any], expected: str):
     request = Request("a cat", **fields)
     message = problem(request, model(DISTILLED))
-    assert expected in message and "allow_mismatch=True" in message
+    assert expected in message and "set allow_mismatch to true" in message
     resolved = resolve(request, model(DISTILLED), allow_mismatch=True)
     assert all(getattr(resolved, name) == value for name, value in fields.items())
 
@@ -149,6 +149,8 @@ def test_a_distillation_lora_makes_a_step_list_fit_the_base_model():
     request = Request("a cat", denoising_step_list=(1000, 750, 500, 250), shift=5.0)
     resolved = resolve(request, model(), has_loras=True)
     assert resolved.num_inference_steps == 4 and not resolved.is_guided
+    without_shift = resolve(dataclasses.replace(request, shift=None), model(), has_loras=True)
+    assert without_shift == dataclasses.replace(resolved, seed=without_shift.seed)
     guided = dataclasses.replace(request, guidance_scale=5.0)
     assert "whose sampler has none" in problem(guided, model(), has_loras=True)
 
@@ -156,6 +158,9 @@ def test_a_distillation_lora_makes_a_step_list_fit_the_base_model():
 def test_lists_that_are_warped_already_stay_so():
     schedule = dataclasses.replace(DISTILLED, denoising_step_list=(999, 500), warp_denoising_step=False)
     assert resolve(Request("a cat"), model(schedule)).warp_denoising_step is False
+    as_list: Any = [999, 500]
+    given = resolve(Request("a cat", denoising_step_list=as_list), model(schedule))
+    assert given.warp_denoising_step is False and given.denoising_step_list == (999, 500)
 
 
 def test_image_to_video_needs_an_image_and_takes_any_area():

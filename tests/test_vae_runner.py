@@ -8,7 +8,8 @@ import tiny_models
 from x2v_jax import memory
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.networks import Network
-from x2v_jax.vae_runner import VaeRunner, to_uint8
+from x2v_jax.pixels import to_uint8
+from x2v_jax.vae_runner import VaeRunner
 
 
 @pytest.fixture(scope="module")

@@ -164,3 +164,11 @@ def test_a_small_video_has_the_same_bytes_whatever_memory_held_before():
         del litter
         encoded.add(encode_video(frames, 16))
     assert len(encoded) == 1
+
+
+def test_metadata_that_is_no_unicode_text_comes_back(tmp_path):
+    """A command line's bytes that are not UTF-8 reach Python as lone surrogates."""
+    metadata = {"prompt": "a \udcff café"}
+    write_video(tmp_path / "v.mp4", np.zeros((1, 16, 16, 3), np.uint8), 16, metadata)
+    assert read_metadata(tmp_path / "v.mp4") == metadata
+    assert json.loads((tmp_path / "v.json").read_text(encoding="utf-8")) == metadata

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,16 +27,44 @@ class Checkpoints:
         self._manager.save(int(state.step), args=ocp.args.StandardSave(_leaves(state)))
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
-        """The newest checkpoint that reads back, or None if there is none. `like` gives structure and shapes."""
+        """The newest checkpoint that reads back, or None if there are none.
+
+        Args:
+            like: gives structure and shapes.
+
+        Raises:
+            UserError: there are checkpoints, and none of them reads back.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 print(f"warning: checkpoint {step} does not read back; trying the one before ({error})")
                 continue
             return jax.tree.unflatten(jax.tree.structure(like), [leaves[key] for key in sorted(leaves)])
+        if steps:
+            # To begin again here would end in their deletion, one by one.
+            raise UserError(
+                f"run_dir {self.directory} holds checkpoints of steps {', '.join(map(str, sorted(steps)))}, and none "
+                "reads back: they are damaged, or of a network of other sizes; choose another --config.run_dir"
+            )
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints newer than `step`, which did not read back, to the folder `unreadable`.
+
+        Orbax saves nothing at or before the newest step it knows, so they would keep the resumed run from being saved.
+        """
+        newer = [known for known in self._manager.all_steps() if known > step]
+        for known in newer:
+            place = self.directory / "unreadable" / str(known)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            (self.directory / "checkpoints" / str(known)).rename(place)
+        if newer:
+            self._manager.reload()
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -50,7 +50,7 @@ def train(config: Any, task: Task) -> TrainState:
     """Runs or resumes config.run_dir to the end of its last phase.
 
     Raises:
-        UserError: the directory belongs to another config, or training diverged.
+        UserError: the directory belongs to another config or holds nothing that reads back, or training diverged.
         Stopped: a signal asked for an end; a checkpoint has been written.
     """
     directory = pathlib.Path(config.run_dir)
@@ -68,15 +68,21 @@ def train(config: Any, task: Task) -> TrainState:
 
 
 def load_ema(config: Any, task: Task) -> Params:
-    """The averaged weights of the newest checkpoint of config.run_dir."""
+    """The averaged weights of the newest checkpoint of config.run_dir.
+
+    Raises:
+        UserError: there is none, or none that reads back.
+    """
     if not pathlib.Path(config.run_dir, "checkpoints").is_dir():
         raise UserError(f"run_dir {config.run_dir} holds no checkpoints; train first, or name another --config.run_dir")
     checkpoints = Checkpoints(pathlib.Path(config.run_dir))
     state = init_state(task.init(jax.random.key(config.seed)), _optimizer(config, config.phases[0]))
-    restored = checkpoints.restore_latest(state)
-    checkpoints.close()
+    try:
+        restored = checkpoints.restore_latest(state)
+    finally:
+        checkpoints.close()
     if restored is None:
-        raise UserError(f"run_dir {config.run_dir} holds no checkpoint that reads back; train first")
+        raise UserError(f"run_dir {config.run_dir} holds no checkpoints; train first, or name another --config.run_dir")
     return restored.ema
 
 
@@ -90,6 +96,7 @@ def _run_phases(
     restored = checkpoints.restore_latest(state)
     if restored is not None:
         state = restored
+        checkpoints.set_aside_after(int(state.step))
         print(f"resumed at step {int(state.step)}")
     begin = 0
     for phase in config.phases:

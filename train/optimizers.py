@@ -6,6 +6,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params
 
 
@@ -36,7 +37,7 @@ def make_optimizer(name: str, learning_rate: Any, *, clip_norm: float, adam_b2: 
             consistent_rms=0.2,
         )
     else:
-        raise ValueError(f"optimizer is {name!r}; choose adam or muon")
+        raise UserError(f"config.optimizer is {name!r}; choose adam or muon")
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 

@@ -5,10 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-
-def to_uint8(videos: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255."""
-    return np.round((np.clip(videos, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+from x2v_jax.pixels import to_uint8
 
 
 def save_grid(path: pathlib.Path, videos: np.ndarray, every: int = 4) -> None:

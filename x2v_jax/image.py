@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -82,8 +83,10 @@ def _decode(file: BinaryIO, name: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        image = Image.open(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with warnings.catch_warnings():  # Pillow warns from 89 million pixels on; ours is the limit that counts
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+    except Image.DecompressionBombError as error:
         raise _too_many_pixels(name) from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name} is not a picture that can be read; give a PNG, JPEG, WebP or the like") from error

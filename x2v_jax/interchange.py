@@ -85,7 +85,9 @@ def _read(path: Path, field: str, known: set[str], *, required: str) -> dict[str
     except UserError as error:
         raise UserError(f"{field}: {error}") from None
     if required not in tensors:
-        raise UserError(f"{field}: {path} has no tensor {required!r} (it has {', '.join(sorted(tensors)) or 'none'})")
+        raise UserError(
+            f"{field}: {path} has no tensor {required!r} (it has {', '.join(sorted(tensors)) or 'none'}); rename it"
+        )
     if unknown := sorted(tensors.keys() - known):
         raise UserError(f"{field}: {path} holds {unknown[0]!r}; it may hold {' and '.join(sorted(known))} only")
     return tensors

@@ -15,12 +15,12 @@ import numpy as np
 
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.vae_tiling import TILE
 
 DTYPES = ("bfloat16", "float32")
 DECODE_METHODS = ("auto", "whole", "stream", "tiled")
 # The VAE works in pieces where the whole would take more activations than this.
 WHOLE_LIMIT = 1 << 30
-_TILE = 32  # latents, as in models.vae_tiling
 # Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches,
 # of the piece before and of the next.
 _WHOLE_PICTURES, _PIECE_PICTURES = 6, 20
@@ -170,7 +170,7 @@ def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str) -> int:
     """Activations of the VAE's decoder, float32, for "whole", "stream" or "tiled"."""
     frames, height, width = latents
     if method == "tiled":
-        height, width = min(height, _TILE), min(width, _TILE)
+        height, width = min(height, TILE), min(width, TILE)
     picture = _picture_bytes(config, height, width)
     if method == "whole" or frames == 1:
         return (config.temporal_stride * (frames - 1) + 1) * picture * _WHOLE_PICTURES

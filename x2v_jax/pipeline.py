@@ -22,8 +22,7 @@ from x2v_jax.clock import Clock
 from x2v_jax.denoising import Conditions, Denoiser, OnStep
 from x2v_jax.diffusion import image_condition, noise, step_distill, unipc
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
-from x2v_jax.models import functional
+from x2v_jax.image_conditioner import ImageConditioner
 from x2v_jax.networks import Network
 from x2v_jax.prompts import PromptEncoder
 from x2v_jax.request import Request, latent_shape, resolve
@@ -87,8 +86,7 @@ class Pipeline:
         self._denoiser: Denoiser | None = None
         self._vae: VaeRunner | None = None
         self._prompt_encoder: PromptEncoder | None = None
-        self._encode_image = jax.jit(self._encode_image_fn)
-        self._image: tuple[tuple[Any, Any], np.ndarray] | None = None
+        self._image_conditioner: ImageConditioner | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -166,8 +164,9 @@ class Pipeline:
 
         Args:
             request: resolved or not.
-            on_step: called after each denoising step with (step from 0, number of steps, latents on the device).
-                Without it all steps run as one program. An exception from it ends the run.
+            on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
+                memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
+                exception from it ends the run.
 
         Raises:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
@@ -195,12 +194,12 @@ class Pipeline:
         return Result(frames, np.asarray(latents[0]), request, dict(clock.seconds), plan, peak)
 
     def _latents(self, request: Request, clock: Clock, on_step: OnStep | None) -> Array:
+        initial, renoise = self._noise(request)  # first, so that a file that does not fit costs no loading
         conditions = self._conditions(request, clock)
         self._release_encoders()
         with clock("load"):
             params = self._network("transformer").load()
         with clock("denoise"):
-            initial, renoise = self._noise(request)
             denoiser = self._denoiser_()
             if request.denoising_step_list is not None:
                 assert request.shift is not None  # resolved
@@ -248,26 +247,12 @@ class Pipeline:
         else:
             given = self._texts_of(_prompts(request), clock)
         text = jnp.asarray(np.stack(given))
-        scale = np.float32(request.guidance_scale or 1.0)
+        assert request.guidance_scale is not None  # resolved
+        conditions = Conditions(text, np.float32(request.guidance_scale))
         if self.checkpoint.task != "i2v":
-            return Conditions(text, scale)
-        image = self._load_image(request.image)
-        with clock("load"):
-            params = self._network("image_encoder").load()
-            self._network("vae").load()
-        with clock("image"):
-            pixels = image_condition.clip_pixels(image, self._network("image_encoder").config.image_size)
-            features = self._encode_image(params, pixels[None])
-            num_frames, height, width = self.output_size(request)
-            given_latents = image_condition.image_condition(
-                self._vae_runner().encode,
-                image,
-                height=height,
-                width=width,
-                num_frames=num_frames,
-                temporal_stride=self._network("vae").config.temporal_stride,
-            )
-            return Conditions(text, scale, features, jax.block_until_ready(given_latents)[None])
+            return conditions
+        features, latents = self._images()(request.image, self.output_size(request), clock)
+        return conditions._replace(image_features=features, image_latents=latents)
 
     def _texts_of(self, prompts: Sequence[str], clock: Clock) -> list[np.ndarray]:
         if self._prompt_encoder is None:
@@ -279,14 +264,7 @@ class Pipeline:
         frames, height, width, channels = latent_shape(request, self.checkpoint)
         if self.checkpoint.task == "i2v":
             assert request.height and request.width  # resolved
-            pixels = self._load_image(request.image).shape
-            height, width = image_condition.latent_size(
-                pixels[0],
-                pixels[1],
-                request.height * request.width,
-                spatial_stride=self._network("vae").config.spatial_stride,
-                patch_size=self._network("transformer").config.patch_size,
-            )
+            height, width = self._images().latent_size(request.image, request.height * request.width)
         return frames, height, width, channels
 
     def _describe_networks(self, loras: Sequence[Any]) -> dict[str, Network]:
@@ -309,17 +287,6 @@ class Pipeline:
             )
         return self._networks[name]
 
-    def _encode_image_fn(self, params: functional.Params, pixels: Array) -> Array:
-        return functional.merge(self._network("image_encoder").graphdef, params)(pixels)
-
-    def _load_image(self, source: Any) -> np.ndarray:
-        """The picture of a request; the last one is remembered, because size, condition and CLIP each ask for it."""
-        is_path = isinstance(source, str | os.PathLike)
-        key = (os.fspath(source), os.stat(source).st_mtime_ns) if is_path else (id(source), source)
-        if self._image is None or self._image[0][0] != key[0] or (is_path and self._image[0] != key):
-            self._image = (key, load_image(source))
-        return self._image[1]
-
     def _denoiser_(self) -> Denoiser:
         if self._denoiser is None:
             graphdef = self._network("transformer").graphdef
@@ -330,6 +297,12 @@ class Pipeline:
         if self._vae is None:
             self._vae = VaeRunner(self._network("vae"), self.vae_decode)
         return self._vae
+
+    def _images(self) -> ImageConditioner:
+        if self._image_conditioner is None:
+            patch_size = self._network("transformer").config.patch_size
+            self._image_conditioner = ImageConditioner(self._network("image_encoder"), self._vae_runner(), patch_size)
+        return self._image_conditioner
 
     def _release_encoders(self) -> None:
         if not self.keep_encoders:

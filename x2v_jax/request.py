@@ -37,6 +37,8 @@ class Request:
     pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
         do not: the model keeps the image by itself, up to a slight change of colour.
     guidance_scale: velocity = uncond + scale (cond - uncond); 1 turns guidance off.
+    shift: with a denoising_step_list on a base checkpoint, that is with a distillation LoRA, None means 5: the
+        published LoRAs were trained with it, whatever shift their base model is sampled with.
     denoising_step_list: timesteps above 0 and at most 1000, falling; given, it selects the step-distill sampler.
     warp_denoising_step: whether `shift` is still to be applied to that list.
     seed: 0..2^32 - 1; None draws one (the resolved request holds it).
@@ -131,9 +133,10 @@ def latent_shape(request: Request, model: Model) -> tuple[int, int, int, int]:
 
 
 def _fill(request: Request, schedule: Schedule) -> Request:
-    steps = request.denoising_step_list
+    steps = None if request.denoising_step_list is None else tuple(request.denoising_step_list)
     if steps is None and not _asks_for_unipc(request, schedule):
         steps = schedule.denoising_step_list
+    brings_steps = steps is not None and not schedule.is_distilled
     warp = request.warp_denoising_step
     if warp is None:
         warp = schedule.warp_denoising_step if steps == schedule.denoising_step_list else True
@@ -153,8 +156,8 @@ def _fill(request: Request, schedule: Schedule) -> Request:
         fps=_or(request.fps, schedule.fps),
         num_inference_steps=count,
         guidance_scale=float(guidance),
-        shift=float(_or(request.shift, schedule.shift)),
-        denoising_step_list=None if steps is None else tuple(steps),
+        shift=float(_or(request.shift, Schedule.shift if brings_steps else schedule.shift)),
+        denoising_step_list=steps,
         warp_denoising_step=bool(warp),
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else int(request.seed),
     )

@@ -96,7 +96,7 @@ def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
 
 def schedule_problems(request: "Request", schedule: Schedule, has_loras: bool) -> list[str]:
     """Settings that contradict what the checkpoint was trained for."""
-    anyway = "or pass allow_mismatch=True to run it anyway"
+    anyway = "or set allow_mismatch to true to run it anyway"
     steps = request.denoising_step_list
     if not schedule.is_distilled:
         if steps is None or has_loras:

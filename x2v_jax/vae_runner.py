@@ -12,6 +12,7 @@ from x2v_jax import memory
 from x2v_jax.models import functional
 from x2v_jax.models.vae_tiling import decode_in_chunks, decode_tiled
 from x2v_jax.networks import Network
+from x2v_jax.pixels import to_uint8
 
 DecodeMethod = Literal["auto", "whole", "stream", "tiled"]
 
@@ -54,10 +55,10 @@ class VaeRunner:
             return np.concatenate(list(pieces), axis=1)
 
         video = decode_tiled(decode_tile, np.asarray(latents), stride=self.network.config.spatial_stride)
-        return _to_uint8_host(video)[0]
+        return to_uint8(video)[0]
 
-    def encode(self, video: Float[Array, "1 F H W 3"]) -> Float[Array, "1 f h w c"]:
-        """Video in [-1, 1] -> normalised latents."""
+    def encode(self, video: Float[Array | np.ndarray, "1 F H W 3"]) -> Float[Array, "1 f h w c"]:
+        """Video in [-1, 1] -> normalised latents. A NumPy video goes to the device in the pieces that are encoded."""
         params, config = self.network.load(), self.network.config
         stride = config.temporal_stride
         _, frames, height, width, _ = video.shape
@@ -80,15 +81,3 @@ class VaeRunner:
             return finish(video), cache
 
         return decode_chunk
-
-
-def to_uint8(video: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
-    """[-1, 1] -> 0..255, rounded to the nearest.
-
-    LightX2V and Wan2.1 truncate instead, which darkens by half a level on average; no value differs by more than one.
-    """
-    return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
-
-
-def _to_uint8_host(video: np.ndarray) -> np.ndarray:
-    return np.rint((video + np.float32(1)) * np.float32(127.5)).clip(0, 255).astype(np.uint8)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def encode_video(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | N
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         if metadata is not None:
-            container.metadata[_METADATA_KEY] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+            container.metadata[_METADATA_KEY] = _json(metadata)
         rate = fractions.Fraction(fps).limit_denominator(1001)
         # A fixed number: by default it follows the machine's cores, and with it the bytes.
         options = {"crf": str(CRF), "preset": "medium", "threads": "4"}
@@ -80,8 +81,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[st
     path = pathlib.Path(path)
     contents = {path: encode_video(frames, fps, metadata)}
     if metadata is not None:
-        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, indent=2)
-        contents[path.with_suffix(".json")] = (text + "\n").encode()
+        contents[path.with_suffix(".json")] = (_json(metadata, indent=2) + "\n").encode()
     write_files(contents)
 
 
@@ -155,6 +155,12 @@ def write_files(contents: Mapping[pathlib.Path, bytes]) -> None:
             except OSError as error:
                 raise UserError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
             stack.enter_context(complete_file(path, len(data))).write_at(0, data)
+
+
+def _json(metadata: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: bytes of a command line that are no text come as lone surrogates and are escaped."""
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, indent=indent)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _check(frames: np.ndarray, fps: float) -> None:

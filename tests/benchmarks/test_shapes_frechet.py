@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from benchmarks import shapes_frechet as frechet
-from benchmarks.shapes_sampling import to_uint8
 from train.data import shapes
+from x2v_jax.pixels import to_uint8
 
 
 @pytest.fixture(scope="module")
 def real():
-    return to_uint8(jax.jit(shapes.render)(shapes.sample_scenes(jax.random.key(5), 160)))
+    return to_uint8(np.asarray(jax.jit(shapes.render)(shapes.sample_scenes(jax.random.key(5), 160))))
 
 
 @pytest.fixture(scope="module")

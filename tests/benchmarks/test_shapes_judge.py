@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import shapes_judge as judge
 from benchmarks.shapes_data import matching_scenes
-from benchmarks.shapes_sampling import to_uint8
 from train.data import shapes
+from x2v_jax.pixels import to_uint8
 
 FRAMES = 33
 RED, BLUE = (230, 26, 26), (33, 64, 242)
@@ -65,7 +65,7 @@ RIGHT = ("red", "circle", "right")
 @pytest.fixture(scope="module")
 def real():
     scenes = shapes.sample_scenes(jax.random.key(11), 320)
-    return to_uint8(jax.jit(shapes.render)(scenes)), scenes
+    return to_uint8(np.asarray(jax.jit(shapes.render)(scenes))), scenes
 
 
 def test_knows_the_words_of_the_world():

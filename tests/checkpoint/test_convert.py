@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -424,3 +425,38 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"(?i)no space|full"):
         convert(tmp_path / "src", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": "2"}, "num_heads is '2' in config.json or --set; it must be a whole number"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"patch_size": 2}, "patch_size is 2 in config.json or --set; it must be a list of numbers"),
+        ({"eps": "tiny"}, "eps is 'tiny'"),
+        ({"attention_head_dim": "12"}, "attention_head_dim is '12'"),
+        ({"vae": {"latents_mean": ["a"]}}, "latents_mean is"),
+    ],
+)
+def test_values_of_the_wrong_type_in_config_json_are_named(tmp_path, changes, message):
+    official_folder(tmp_path / "src")
+    save_json(tmp_path / "src/config.json", official_config(CONFIGS["transformer"]) | changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_no_json_is_refused_before_the_work(tmp_path):
+    official_folder(tmp_path / "src")
+    (tmp_path / "src/google/umt5-xxl/tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not valid JSON; download it again"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
+def test_complex_weights_are_refused_and_long_lists_are_cut(tmp_path):
+    official_folder(tmp_path / "src", transformer=False)
+    weights = {k: v.astype(np.complex64) for k, v in random_tensors("transformer").items()}
+    save(tmp_path / "src/diffusion_pytorch_model.safetensors", weights)
+    with pytest.raises(UserError, match=f"{len(weights)} of the wrong type: .* and {len(weights) - 8} more"):
+        convert(tmp_path / "src", tmp_path / "out")

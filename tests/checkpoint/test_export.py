@@ -1,6 +1,7 @@
 """A converted checkpoint goes back to the published layouts with the same bytes."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_lightx2v_has_no_place_for_self_forcing(tmp_path):
     with pytest.raises(UserError, match="no place for 'self_forcing' checkpoints; give --layout wan"):
         export(tmp_path / "native", tmp_path / "back", "lightx2v")
     notes = export(tmp_path / "native", tmp_path / "back", "wan")
-    assert any("convert them back with --variant self_forcing" in note for note in notes)
+    assert any("convert it back with --schedule self_forcing" in note for note in notes)
 
 
 def test_large_transformers_are_sharded_with_an_index(tmp_path, monkeypatch):
@@ -183,3 +184,39 @@ def test_arrays_are_transposed_exactly_in_strips():
             values = (rng.standard_normal(shape) * 9).astype(dtype)
             turned = contiguous(values.T)
             assert turned.flags.c_contiguous and np.array_equal(turned, values.T)
+
+
+@pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_latent_statistics_of_another_vae_survive_and_are_spoken_of(tmp_path, layout, alone):
+    diffusers_folder(tmp_path / "src")
+    config = json.loads((tmp_path / "src/vae/config.json").read_text())
+    config |= {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+    (tmp_path / "src/vae/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "src", tmp_path / "native", Options(components=("vae",) if alone else ()))
+    notes = export(tmp_path / "native", tmp_path / "back", layout)
+    assert any("latents_mean, latents_std" in note for note in notes) == (layout != "diffusers")
+    convert(tmp_path / "back", tmp_path / "again")
+    vae = open_checkpoint(tmp_path / "again").config("vae")
+    assert vae.latents_mean == (0.5,) * 16 and vae.latents_std == (2.0,) * 16
+
+
+@pytest.mark.parametrize("schedule", ["distill", '{"height": 64, "shift": 3.5, "negative_prompt": "it\'s bad"}'])
+@pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
+def test_the_note_about_the_schedule_brings_it_back(tmp_path, layout, schedule):
+    official_folder(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "native", Options(schedule=schedule))
+    notes = export(tmp_path / "native", tmp_path / "back", layout)
+    advice = [note.partition("convert it back with ")[2] for note in notes if "--schedule" in note]
+    given = shlex.split(advice[0])[1] if advice else None
+    convert(tmp_path / "back", tmp_path / "again", Options(schedule=given))
+    native, again = open_checkpoint(tmp_path / "native"), open_checkpoint(tmp_path / "again")
+    assert (again.schedule, again.variant) == (native.schedule, native.variant)
+    assert bool(advice) == (layout != "lightx2v" or schedule != "distill")
+
+
+def test_a_converted_checkpoint_is_not_exported_over(tmp_path):
+    official_folder(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "native")
+    with pytest.raises(UserError, match="is a converted checkpoint; choose another destination to export to"):
+        export(tmp_path / "native", tmp_path / "native", "wan")

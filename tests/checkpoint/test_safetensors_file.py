@@ -265,3 +265,9 @@ ENTRIES = st.fixed_dictionaries(
 @given(st.dictionaries(st.text(max_size=4), ENTRIES | JSON, max_size=4), st.binary(max_size=40))
 def test_random_headers_are_read_or_refused(tmp_path_factory, header, data):
     read_or_refuse(forge(tmp_path_factory.getbasetemp() / "random.safetensors", header, data))
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="Git LFS pointer"):
+        read_safetensors(tmp_path / "a.safetensors")

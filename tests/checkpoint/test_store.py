@@ -239,3 +239,23 @@ open_checkpoint({str(tmp_path / "c")!r}).tensors("vae")
 assert "jax" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model["schedule"].update(shift="5"), "schedule: shift is '5'; it must be a positive number"),
+        (lambda model: model.update(task="v2v"), "task is 'v2v'"),
+        (lambda model: model.update(variant="fast"), "variant is 'fast'"),
+        (lambda model: model.update(schedule=[1]), "schedule is no JSON object"),
+        (lambda model: model["components"]["vae"]["config"].update(dim_mult=3), "the config of vae is damaged"),
+    ],
+)
+def test_a_damaged_model_json_is_a_sentence(tmp_path, change, message):
+    save(tmp_path / "c")
+    model = json.loads((tmp_path / "c/model.json").read_text())
+    change(model)
+    (tmp_path / "c/model.json").write_text(json.dumps(model))
+    with pytest.raises(UserError, match=message):
+        checkpoint = open_checkpoint(tmp_path / "c")
+        _ = checkpoint.schedule, checkpoint.tensors("vae")

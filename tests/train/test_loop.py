@@ -130,9 +130,26 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: pathlib.Pat
     )
     for file in [p for p in folders[-1].rglob("*") if p.is_file()]:
         file.write_bytes(b"")
-    state = train(config, Regression())
+    with pytest.raises(Stopped):  # what is done again has to be saved again, at or before the damaged step
+        train(config, Regression(stop_at=58))
     assert "does not read back" in capsys.readouterr().out
+    assert int(folders[-1].name) == 60 and (tmp_path / "run" / "unreadable" / "60").is_dir()
+    state = train(config, Regression())
+    assert "resumed at step 59" in capsys.readouterr().out
     assert int(state.step) == 60
+
+
+def test_checkpoints_that_all_are_damaged_are_kept_and_the_run_refused(tmp_path: pathlib.Path):
+    config = make_config(tmp_path / "run")
+    train(config, Regression())
+    steps = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal()]
+    for file in [p for step in steps for p in step.rglob("*") if p.is_file()]:
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="56, 60, and none reads back"):
+        train(config, Regression())
+    with pytest.raises(UserError, match="none reads back"):
+        load_ema(config, Regression())
+    assert all(step.is_dir() for step in steps)
 
 
 def test_exporting_without_a_run_says_so(tmp_path: pathlib.Path):

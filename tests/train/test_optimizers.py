@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from train.optimizers import _muon_dimensions, learning_rate_schedule, make_optimizer
+from x2v_jax.errors import UserError
 
 
 def test_the_schedule_warms_up_stays_and_decays():
@@ -44,5 +45,5 @@ def test_muon_orthogonalises_each_layer_of_a_stack_alone():
 
 
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match="optimizer is 'sgd'; choose adam or muon"):
+    with pytest.raises(UserError, match="optimizer is 'sgd'; choose adam or muon"):
         make_optimizer("sgd", 1.0, clip_norm=1.0)

@@ -17,6 +17,7 @@ from train.tasks.flow_matching import FlowMatchingTask
 from train.tasks.vae import VaeTask, inflate_start
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.errors import UserError
 
 
 def losses(run_dir: pathlib.Path) -> list[float]:
@@ -44,9 +45,7 @@ def trained_vae(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return run_dir
 
 
-@pytest.fixture(scope="module")
-def trained_base(trained_vae: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    run_dir = tmp_path_factory.mktemp("base")
+def base_config(run_dir: pathlib.Path, trained_vae: pathlib.Path) -> ConfigDict:
     config = base.get_config()
     config.run_dir, config.vae = str(run_dir), str(trained_vae / "export")
     config.model.update({"dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "freq_dim": 32})
@@ -54,6 +53,13 @@ def trained_base(trained_vae: pathlib.Path, tmp_path_factory: pytest.TempPathFac
     config.num_videos, config.log_every, config.eval_every, config.ema_decay = 16, 20, 1000, 0.9
     config.evaluation.update({"prompts": 2, "steps": 2})
     config.phases = (phase("flow matching", steps=100, learning_rate=4e-3, warmup=5, batch_size=8),)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained_base(trained_vae: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    run_dir = tmp_path_factory.mktemp("base")
+    config = base_config(run_dir, trained_vae)
     task = FlowMatchingTask(config)
     state = train(config, task)
     task.export(state.ema, run_dir / "export")
@@ -86,6 +92,20 @@ def test_a_new_vae_treats_frames_as_images():
 def test_flow_matching_learns(trained_base: pathlib.Path):
     values = losses(trained_base)
     assert values[-1] < 0.8 * values[0]
+
+
+def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trained_vae: pathlib.Path):
+    config = base_config(trained_base, trained_vae)
+    first = FlowMatchingTask(config).init(jax.random.key(0))
+    config.init_from = str(trained_base / "export")
+    second = FlowMatchingTask(config).init(jax.random.key(0))
+    stored = open_checkpoint(trained_base / "export").load("transformer", "float32")
+    difference = lambda a, b: float(abs(a["head"]["linear"]["kernel"] - b["head"]["linear"]["kernel"]).max())  # noqa: E731
+    assert difference(second["transformer"], stored) == 0
+    assert difference(first["transformer"], stored) > 0
+    config.model.num_layers = 1
+    with pytest.raises(UserError, match="transformer of other sizes"):
+        FlowMatchingTask(config).init(jax.random.key(0))
 
 
 def test_latents_are_made_once(trained_base: pathlib.Path):

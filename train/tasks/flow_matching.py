@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from train.data import shapes
 from train.data.shapes_tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
-from train.pictures import save_grid, to_uint8
+from train.pictures import save_grid
 from x2v_jax.checkpoint.store import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
+from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge, split
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
+from x2v_jax.pixels import to_uint8
 
 _CAPTIONS_PER_VIDEO = 6
 _ENCODE_BATCH = 8
@@ -51,7 +53,7 @@ class FlowMatchingTask:
         self.vae_config: VaeConfig = checkpoint.config("vae")
         self.vae_graph, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
         self.vae_params = checkpoint.load("vae", "float32")
-        self._sample = jax.jit(self._sample_impl, static_argnames="steps")
+        self._sample = jax.jit(self._sample_impl)
         self._data: Batch | None = None
 
     @property
@@ -61,6 +63,9 @@ class FlowMatchingTask:
         return frames, shapes.SIZE // vae.spatial_stride, shapes.SIZE // vae.spatial_stride, vae.z_dim
 
     def init(self, key: jax.Array) -> Params:
+        if self.config.init_from:
+            return self._weights_of(self.config.init_from)
+
         def make(key: jax.Array) -> Params:
             keys = jax.random.split(key)
             transformer = WanModel(self.model_config, rngs=nnx.Rngs(keys[0]))
@@ -117,7 +122,7 @@ class FlowMatchingTask:
         """Videos [N, F, H, W, 3] in [-1, 1] by UniPC with guidance."""
         noise = jax.random.normal(jax.random.key(seed), (len(prompts), *self.latent_shape))
         table = unipc.unipc_table(steps, self.config.sampling_shift)
-        return np.asarray(self._sample(params, self.vae_params, noise, *self.tokenize(prompts), table, steps=steps))
+        return np.asarray(self._sample(params, self.vae_params, noise, *self.tokenize(prompts), table))
 
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.tokenizer.encode_batch(prompts)
@@ -151,6 +156,15 @@ class FlowMatchingTask:
         )
         tokenizer_file.unlink()
 
+    def _weights_of(self, path: str) -> Params:
+        """The weights of a native checkpoint of the same sizes, to go on from."""
+        checkpoint = open_checkpoint(path)
+        for name, ours in (("transformer", self.model_config), ("text_encoder", self.text_config)):
+            theirs = checkpoint.config(name)
+            if theirs != ours:
+                raise UserError(f"config.init_from={path} has a {name} of other sizes ({theirs}); give one of the same")
+        return {name: checkpoint.load(name, "float32") for name in ("transformer", "text_encoder")}
+
     def _encode(self, params: Params, ids: Any, mask: Any) -> jax.Array:
         return merge(self.graphs["text_encoder"], params["text_encoder"])(ids, mask)
 
@@ -158,7 +172,7 @@ class FlowMatchingTask:
         return merge(self.graphs["transformer"], params["transformer"])(latents, timestep, text)
 
     def _sample_impl(
-        self, params: Params, vae_params: Params, noise: Any, ids: Any, mask: Any, table: Any, *, steps: int
+        self, params: Params, vae_params: Params, noise: Any, ids: Any, mask: Any, table: unipc.Coefficients
     ) -> jax.Array:
         empty_ids, empty_mask = (jnp.broadcast_to(a, ids.shape) for a in self.tokenize([""]))
         text = self._encode(params, jnp.concatenate([ids, empty_ids]), jnp.concatenate([mask, empty_mask]))

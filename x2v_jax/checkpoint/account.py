@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from x2v_jax.checkpoint.names import Config, official_shapes
 from x2v_jax.checkpoint.sources import OfficialTensors
 
+# Of tensors that are each wrong in a way of their own, so many are named.
+_LISTED = 8
+
 # Names that only models outside this project's scope have.
 _OTHER_MODELS = (
     ("vace_", "VACE (video editing)"),
@@ -37,7 +40,7 @@ def differences(component: str, config: Config, found: OfficialTensors) -> list[
     integers = [
         f"{_own(found, key)} has type {tensor.dtype.name}, not a floating one"
         for key, tensor in tensors.items()
-        if tensor.dtype.kind in "iub"
+        if tensor.dtype.kind in "iubc"
     ]
     problems = []
     if missing:
@@ -46,7 +49,8 @@ def differences(component: str, config: Config, found: OfficialTensors) -> list[
         problems.append(f"{len(unexpected)} unexpected: {', '.join(ranges(unexpected))}{_hint(unexpected)}")
     for kind, items in (("misshapen", misshapen), ("of the wrong type", integers), ("unusable", list(found.problems))):
         if items:
-            problems.append(f"{len(items)} {kind}: {'; '.join(items)}")
+            more = f"; and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+            problems.append(f"{len(items)} {kind}: {'; '.join(items[:_LISTED])}{more}")
     return problems
 
 

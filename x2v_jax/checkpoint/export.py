@@ -3,8 +3,9 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.arrays import contiguous
@@ -21,8 +22,9 @@ from x2v_jax.checkpoint.export_configs import (
 )
 from x2v_jax.checkpoint.names import COMPONENTS, Config, Row, Transform, official_shapes, table
 from x2v_jax.checkpoint.names_diffusers import DiffusersNames
-from x2v_jax.checkpoint.native_writer import SHARD_BYTES, complete_folder
+from x2v_jax.checkpoint.native_writer import MODEL_FILE, SHARD_BYTES, complete_folder
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
+from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule
 from x2v_jax.checkpoint.sizes import infer_config
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
@@ -69,6 +71,11 @@ def export(
         raise UserError(f"--layout {layout}: give one of {', '.join(LAYOUTS)}")
     if layout == "lightx2v" and native.variant not in _LIGHTX2V_FILES:
         raise UserError(f"--layout lightx2v: it has no place for {native.variant!r} checkpoints; give --layout wan")
+    if (
+        native.path.resolve() == pathlib.Path(destination).resolve()
+        or (pathlib.Path(destination) / MODEL_FILE).exists()
+    ):
+        raise UserError(f"{destination} is a converted checkpoint; choose another destination to export to")
     present = [c for c in COMPONENTS if native.has(c)]
     tensors = {component: official_tensors(native, component) for component in present}
     total = sum(t.nbytes for one in tensors.values() for t in one.values())
@@ -112,12 +119,18 @@ def _write_wan(
             # LightX2V reads a distilled model from this one file; only base weights may be shards.
             limit = SHARD_BYTES if name == _LIGHTX2V_FILES["base"] else None
             _write_safetensors(folder / name, own, on_bytes, limit)
-            untold = {c: _untold(c, native.config(c)) for c in tensors}
-            values = wan_config(native.config(component)) | {c: fields for c, fields in untold.items() if fields}
-            _write_json(folder / "config.json", values)
         else:
             write_torch_file(folder / _WAN_FILES[component], _reporting(own, on_bytes))
+    described = wan_config(native.config("transformer")) if "transformer" in tensors else {}
+    if described := described | _untold_of(native, tensors):
+        _write_json(folder / "config.json", described)
     _copy_tokenizer(native, folder / "google/umt5-xxl")
+
+
+def _untold_of(native: NativeCheckpoint, components: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Component -> what `_untold` finds, of those of which there is something."""
+    untold = {component: _untold(component, native.config(component)) for component in components}
+    return {component: fields for component, fields in untold.items() if fields}
 
 
 def _untold(component: str, config: Config) -> dict[str, Any]:
@@ -232,15 +245,33 @@ def _copy_tokenizer(native: NativeCheckpoint, folder: pathlib.Path) -> None:
         shutil.copyfile(file, folder / "tokenizer.json")
 
 
+def _schedule_text(native: NativeCheckpoint, layout: str) -> str | None:
+    """What to give as --schedule to get the schedule back; None where the conversion finds it by itself."""
+    config = native.config("transformer")
+    told = native.variant if layout == "lightx2v" else "base"  # LightX2V's folders tell the variant
+    default = default_schedule(told, config)
+    if native.schedule == default:
+        return None
+    if native.schedule == SCHEDULES.get(native.variant):
+        return native.variant
+    own, usual = native.schedule.to_dict(), default.to_dict()
+    return shlex.quote(json.dumps({k: v for k, v in own.items() if v != usual[k]}, ensure_ascii=False))
+
+
 def _notes(native: NativeCheckpoint, layout: str, present: list[str]):
     if native.variant != "base" and "transformer" in present:
         if layout == "lightx2v":
             yield "the schedule is not in the files: LightX2V takes it from its own JSON configs"
         else:
-            yield (
-                f"the {layout} layout does not say that these weights are {native.variant!r}: convert them back with "
-                f"--variant {native.variant}"
-            )
+            yield f"the {layout} layout does not say that these weights are {native.variant!r}"
+    if "transformer" in present and (text := _schedule_text(native, layout)):
+        yield f"the {layout} layout does not hold this checkpoint's schedule: convert it back with --schedule {text}"
+    if layout != "diffusers" and (untold := _untold_of(native, present)):
+        listed = "; ".join(f"{', '.join(fields)} of the {component}" for component, fields in untold.items())
+        yield (
+            f"these are not the published ones: {listed}. They are in config.json, where this project reads them; "
+            f"other programs for the {layout} layout do not"
+        )
     if layout != "diffusers" and "image_encoder" in present:
         yield "the CLIP file holds the visual tower only: the text tower, which Wan2.1 does not use, was not kept"
     lacking = [c for c in ("transformer", "vae", "text_encoder", "tokenizer") if not native.has(c)]

@@ -117,7 +117,7 @@ def recognise(path: str | pathlib.Path) -> Layout:
         raise UserError(f"{path}: no such file or folder; give the path of a checkpoint")
     if (path / "model.json").is_file():
         return Layout(path, "native")
-    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+    if (path / "model_index.json").is_file() or (path / "transformer").is_dir() or _has_described_parts(path):
         folders = {name: "base" if name == "transformer" else None for name in COMPONENTS}
         layout = _scan(path, "diffusers", folders)
         hint = _hint(path.name)
@@ -138,6 +138,11 @@ def recognise(path: str | pathlib.Path) -> Layout:
     if kinds == {Kind("transformer", "diffusers")} or all(k.naming == "diffusers" for k in kinds):
         return dataclasses.replace(layout, kind="diffusers")
     return layout
+
+
+def _has_described_parts(path: pathlib.Path) -> bool:
+    """Whether it is a part of a diffusers folder, such as a VAE alone."""
+    return any((path / name / "config.json").is_file() for name in COMPONENTS)
 
 
 def _recognise_file(path: pathlib.Path) -> Layout:

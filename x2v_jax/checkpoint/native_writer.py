@@ -111,10 +111,13 @@ def check_destination(path: pathlib.Path, overwrite: bool) -> None:
         return
     if path.is_dir() and not any(path.iterdir()):
         return
+    if not (path / MODEL_FILE).is_file():
+        raise UserError(
+            f"{path} exists and is not a converted checkpoint, so it is not replaced; choose another destination or "
+            "move it away"
+        )
     if not overwrite:
         raise UserError(f"{path} exists; choose another destination or give --overwrite")
-    if not (path / MODEL_FILE).is_file():
-        raise UserError(f"{path} is not a converted checkpoint, so --overwrite will not replace it; move it away")
 
 
 def _sweep(path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from x2v_jax.checkpoint.account import differences
+from x2v_jax.checkpoint.file_sets import read_json
 from x2v_jax.checkpoint.layouts import Layout, Source, declared, recognise
 from x2v_jax.checkpoint.lora import LoraFile, merge_into
 from x2v_jax.checkpoint.names import COMPONENTS
@@ -120,6 +121,8 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
             notes.append(f"{name}: {mixed} parameters have layers of several types; they are stored as the widest")
     variant, schedule = _variant_and_schedule(opened.get("transformer"), options, reuse, notes)
     tokenizer = None if "tokenizer" in lent or options.components else layout.tokenizer
+    if tokenizer is not None:
+        read_json(tokenizer)  # refuses what a clone without Git LFS or a broken download left there
     notes += _missing({*opened, *lent, *(["tokenizer"] if tokenizer else [])}, transformer)
     return Plan(
         layout=layout,

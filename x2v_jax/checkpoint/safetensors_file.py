@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from x2v_jax.checkpoint.complete_file import CompleteFile, complete_file
-from x2v_jax.checkpoint.tensors import LazyTensor, MappedFile, lazy_tensor
+from x2v_jax.checkpoint.tensors import LFS_POINTER, LazyTensor, MappedFile, lazy_tensor
 
 # The format allows 100 MB. A Wan2.1 14B header has 0.2 MB; 32 MiB hold 200,000 tensors and bound the parser's memory.
 MAX_HEADER = 32 << 20
@@ -93,6 +93,8 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
     """The header's JSON object and the position of the data."""
     if len(file) < 8:
         file.refuse("it is too short to be a safetensors file. Download it again.")
+    if file.bytes(0, min(len(file), len(LFS_POINTER))) == LFS_POINTER:
+        file.refuse("it is a Git LFS pointer, not the file itself. Download the file that it stands for.")
     (length,) = struct.unpack("<Q", file.bytes(0, 8))
     if length > MAX_HEADER:
         file.refuse(f"its header says it is {length:,} bytes long; {MAX_HEADER:,} is the most. Is it safetensors?")

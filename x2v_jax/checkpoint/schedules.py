@@ -88,7 +88,7 @@ def override_schedule(text: str, default: Schedule) -> Schedule:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(fields)}"
             raise UserError(f"--schedule: unknown field {name!r}{hint}")
-        _check(name, value, getattr(default, name))
+        check_field(name, value, getattr(default, name))
     changed = Schedule.from_dict(default.to_dict() | values)
     if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:
         changed = dataclasses.replace(changed, num_inference_steps=len(changed.denoising_step_list))
@@ -114,7 +114,8 @@ def _values(text: str) -> dict[str, Any]:
     raise UserError(f"--schedule: {text!r} is neither JSON nor one of {', '.join(SCHEDULES)}")
 
 
-def _check(name: str, value: Any, default: Any) -> None:
+def check_field(name: str, value: Any, default: Any, where: str = "--schedule") -> None:
+    """Raises a UserError when a schedule's field has a value that it cannot have."""
     if name == "denoising_step_list":
         good = value is None or (isinstance(value, list) and _is_step_list(value))
         kind = "a falling list of timesteps in 1..1000, or null"
@@ -129,7 +130,7 @@ def _check(name: str, value: Any, default: Any) -> None:
     else:
         good, kind = isinstance(value, str), "text"
     if not good:
-        raise UserError(f"--schedule: {name} is {value!r}; it must be {kind}")
+        raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
 
 
 def _is_step_list(values: list[Any]) -> bool:

@@ -21,8 +21,6 @@ from x2v_jax.checkpoint.torch_file import read_torch_file
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import WanConfig
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-
 # Path segments that training wrappers put into names, at any depth.
 _WRAPPERS = frozenset(
     ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module", "model", "diffusion_model")

@@ -10,6 +10,7 @@ import numpy as np
 
 from x2v_jax.checkpoint.arrays import cast, is_float
 from x2v_jax.checkpoint.file_sets import is_plain_name, read_json
+from x2v_jax.checkpoint.layouts import VARIANTS
 from x2v_jax.checkpoint.names import COMPONENTS, CONFIGS
 from x2v_jax.checkpoint.native_writer import (
     FORMAT,
@@ -20,6 +21,8 @@ from x2v_jax.checkpoint.native_writer import (
     save_native,
 )
 from x2v_jax.checkpoint.safetensors_file import read_safetensors
+from x2v_jax.checkpoint.schedules import check_field
+from x2v_jax.checkpoint.sizes import check_types
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
@@ -57,7 +60,14 @@ class NativeCheckpoint:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule.from_dict(self.model.get("schedule", {}))
+        values = self.model.get("schedule", {})
+        where = f"{self.path / MODEL_FILE}: schedule"
+        if not isinstance(values, dict):
+            raise UserError(f"{where} is no JSON object; convert the checkpoint again")
+        for field in dataclasses.fields(Schedule):
+            if field.name in values:
+                check_field(field.name, values[field.name], field.default, where)
+        return Schedule.from_dict(values)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -73,7 +83,14 @@ class NativeCheckpoint:
         values = entry.get("config")
         if component not in CONFIGS or not isinstance(values, dict):
             raise UserError(f"{holder.path / MODEL_FILE}: {component} has no config; convert the checkpoint again")
-        return CONFIGS[component].from_dict(values)
+        try:
+            known = {field.name for field in dataclasses.fields(CONFIGS[component])}
+            check_types(component, {name: value for name, value in values.items() if name in known}, {})
+            return CONFIGS[component].from_dict(values)
+        except (UserError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(
+                f"{holder.path / MODEL_FILE}: the config of {component} is damaged ({error}); convert it again"
+            ) from error
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """Flat parameter name -> lazy tensor, checked against the component's config.
@@ -92,8 +109,9 @@ class NativeCheckpoint:
                 tensors[name] = tensor
         if holder.model.get("quantization") is not None:
             raise UserError(f"{holder.path}: quantized weights, which this version does not run; convert it again")
+        config = self.config(component)
         try:
-            check_names(component, self.config(component), {name: t.shape for name, t in tensors.items()})
+            check_names(component, config, {name: t.shape for name, t in tensors.items()})
         except UserError as error:
             raise UserError(f"{holder.path}: {error}; convert the checkpoint again") from None
         return dict(sorted(tensors.items()))
@@ -224,6 +242,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
             f"{file}: format_version is {version}, and this program reads up to {FORMAT_VERSION}; update it, or "
             "convert the checkpoint with this version"
         )
+    for name, known in (("task", (None, "t2v", "i2v")), ("variant", VARIANTS)):
+        if model.get(name, known[0]) not in known:
+            raise UserError(f"{file}: {name} is {model[name]!r}, which is none of this format's; convert it again")
     components = model.get("components")
     if not isinstance(components, dict) or set(components) - {*COMPONENTS, "tokenizer"}:
         raise UserError(f"{file}: components is not a list of known networks; convert the checkpoint again")

@@ -14,6 +14,9 @@ import numpy as np
 
 from x2v_jax.errors import UserError
 
+# What a clone without Git LFS has in place of a large file.
+LFS_POINTER = b"version https://git-lfs"
+
 
 class MappedFile:
     """A regular file, mapped read-only into memory.

@@ -16,7 +16,7 @@ import numpy as np
 
 from x2v_jax.checkpoint.restricted_pickle import MAX_BYTES, Global, Interpreter, Record, shorten
 from x2v_jax.checkpoint.stored_zip import read_members
-from x2v_jax.checkpoint.tensors import LazyTensor, MappedFile, lazy_tensor
+from x2v_jax.checkpoint.tensors import LFS_POINTER, LazyTensor, MappedFile, lazy_tensor
 from x2v_jax.checkpoint.torch_globals import GLOBALS, STORAGES, UNTYPED, Storage, TensorRecord, is_count, show
 
 MAX_DEPTH = 64  # of containers inside containers
@@ -51,7 +51,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         file.refuse("it is a tar archive, torch's format of 2016. Load it with an old torch and save it again.")
     if head[8:9] == b"{":
         file.refuse("it looks like a safetensors file. Give it the ending .safetensors.")
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_POINTER):
         file.refuse("it is a Git LFS pointer, not the file itself. Download the file that it stands for.")
     file.refuse(f"it does not begin as a file of torch.save does, but with {head[:8]!r}. Download it again.")
 

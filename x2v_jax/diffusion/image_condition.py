@@ -14,8 +14,7 @@ from jaxtyping import Float, UInt8
 from x2v_jax.errors import UserError
 
 Image = UInt8[np.ndarray, "_ _ 3"]
-# jax arrays, whose type cannot be named without loading jax.
-Video = Float[Any, "f height width 3"]
+# A jax array, whose type cannot be named without loading jax.
 Latents = Float[Any, "*b f h w c"]
 
 # The rotary tables of the published networks hold so many positions an axis.
@@ -152,16 +151,16 @@ def clip_pixels(image: Image, size: int = 224) -> Float[np.ndarray, "s s 3"]:
     return (pixels - _CLIP_MEAN) / _CLIP_STD
 
 
-def condition_video(image: Image, height: int, width: int, num_frames: int) -> Video:
+def condition_video(image: Image, height: int, width: int, num_frames: int) -> Float[np.ndarray, "f height width 3"]:
     """The video that the VAE encodes as condition: the picture as first frame, then grey (zero) frames.
 
     Returns:
         float32 [num_frames, height, width, 3], the first frame about [-1, 1] (bicubic overshoot is kept).
     """
-    import jax.numpy as jnp
-
-    first = jnp.asarray(resize_bicubic(image, height, width))
-    return jnp.zeros((num_frames, height, width, 3), jnp.float32).at[0].set(first)
+    # On the host: at 720P it is 0.9 GB, of which the VAE asks for a few frames at a time.
+    video = np.zeros((num_frames, height, width, 3), np.float32)
+    video[0] = resize_bicubic(image, height, width)
+    return video
 
 
 def condition_mask(
@@ -189,7 +188,7 @@ def image_condition(
     """Mask and latents of the picture, which the transformer takes beside the noisy latents on every step.
 
     Args:
-        vae_encode: video [1, F, H, W, 3] in [-1, 1] -> normalised latents [1, f, h, w, C].
+        vae_encode: video [1, F, H, W, 3] in [-1, 1], a NumPy array -> normalised latents [1, f, h, w, C].
         image: uint8 RGB.
         height, width: of the video in pixels: `latent_size` times the VAE's spatial stride.
         num_frames: of the video, one more than a multiple of `temporal_stride`.

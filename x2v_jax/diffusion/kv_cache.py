@@ -130,7 +130,7 @@ class KVCache:
         most = self.layout.window - self.layout.sink
         if rest or not 0 < frames <= most:
             raise ValueError(
-                f"{keys.shape[1]} rows are not 1 to {most} frames of {self.layout.frame_tokens} rows, what a cache with "
+                f"{keys.shape[1]} rows are not 1 to {most} frames of {self.layout.frame_tokens} rows, what "
                 f"{self.layout} can take at once"
             )
         return frames

@@ -1,7 +1,8 @@
 """Videos made block by block with a cache, as long as wanted: Self-Forcing and CausVid, by one compiled function.
 
-A block is denoised as a step-distilled model is (predict x0, add noise again), while the network attends to the keys and
-values of earlier blocks; then it is shown once more, clean, and what that leaves in the cache is what later blocks see.
+A block is denoised as a step-distilled model is (predict x0, add noise again), while the network attends to the keys
+and values of earlier blocks; then it is shown once more, clean, and what that leaves in the cache is what later blocks
+see.
 Sources: Self-Forcing pipeline/causal_inference.py, CausVid causvid/models/wan/causal_inference.py.
 """
 
@@ -54,8 +55,8 @@ class Rollout:
     ):
         if config.in_dim != config.out_dim or config.model_type != "t2v":
             raise UserError(
-                f"the checkpoint's model_type is {config.model_type!r} with {config.in_dim} input channels; block-by-block "
-                "video runs text-to-video models, which continue an image given as their first frame"
+                f"the checkpoint's model_type is {config.model_type!r} with {config.in_dim} input channels; video "
+                "block by block needs a text-to-video model, which can go on from an image given as its first frame"
             )
         if config.patch_size[0] != 1 or any(n % p for n, p in zip(latent_size, config.patch_size[1:], strict=True)):
             raise UserError(
@@ -104,7 +105,6 @@ class Rollout:
 
     def _stream(self, params: Any, context: Any, noise: Any, renoise: Any, steps: Any, given: Any) -> Iterator[Array]:
         plan, cache = self.plan, self.empty_cache()
-        silent = {}  # re-noise that is not used, by shape
         known = 0 if given is None else given.shape[1]
         latents, made = None, 0
         for step in steps:
@@ -116,7 +116,7 @@ class Rollout:
                 latents = jnp.asarray(noise(step.block, shape), jnp.float32)
             if step.seed or is_given:
                 first, last = plan.num_steps, plan.num_steps + 1
-                added = silent.setdefault(shape, jnp.zeros((max(1, plan.num_steps - 1), *shape), jnp.float32))
+                added = jnp.zeros((max(1, plan.num_steps - 1), *shape), jnp.float32)
             else:
                 first, last = 0, plan.num_steps + (step.keep and plan.context_timestep is not None)
                 added = self._added(renoise, step.block, shape)

@@ -89,8 +89,8 @@ class RolloutPlan:
             )
         if self.window % self.block or self.window < 2 * self.block:
             raise UserError(
-                f"window is {self.window} frames; a fragment has two or more blocks of {self.block}, the first from the "
-                "fragment before"
+                f"window is {self.window} frames; a fragment has two or more blocks of {self.block}, the first "
+                "from the fragment before"
             )
 
     @property

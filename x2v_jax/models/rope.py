@@ -57,7 +57,7 @@ def rope_tables_at(frames: Int[Array, " f"], rows_columns: tuple[int, int], head
 
 
 def frame_shift_tables(shift: Int[Array, ""], head_dim: int) -> RopeTables:
-    """Tables of one row that move keys, already turned, by `shift` frames (which may be traced) and no row or column."""
+    """Tables of one row that turn keys, already turned, on by `shift` frames, which may be traced."""
     return rope_tables_at(shift[None], (1, 1), head_dim)
 
 

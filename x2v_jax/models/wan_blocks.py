@@ -79,7 +79,7 @@ class SelfAttention(_Attention):
         q, k, v = self.queries_keys_values(x, rope)
         cache = cache.write(layer, k, v, start_frame)
         keys, values, length = cache.read(layer, end_frame)
-        # An 8-bit or narrower cache is read at the precision of the queries.
+        # A cache may be kept narrower than the network computes.
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         return self.project_out(attention(q, keys, values, key_length=length)), cache
 
@@ -146,10 +146,19 @@ class Block(nnx.Module):
         return self._after_attention(x, y, parts, self.cross_attn.keys(text, image))
 
     def with_cache(
-        self, x: Tokens, time: Float[Array, "b *f 6 _"], keys: CrossKeys, *attention_arguments: Any
+        self,
+        x: Tokens,
+        time: Float[Array, "b *f 6 _"],
+        keys: CrossKeys,
+        rope: RopeTables,
+        cache: Any,
+        layer: Array,
+        start_frame: Array,
+        end_frame: Array,
     ) -> tuple[Tokens, Any]:
         parts = modulation_parts(self.modulation, time, x.shape[1])
-        y, cache = self.self_attn.with_cache(self._before_attention(x, parts), *attention_arguments)
+        y = self._before_attention(x, parts)
+        y, cache = self.self_attn.with_cache(y, rope, cache, layer, start_frame, end_frame)
         return self._after_attention(x, y, parts, keys), cache
 
     def _before_attention(self, x: Tokens, parts: Sequence[Array]) -> Tokens:

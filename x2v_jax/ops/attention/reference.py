@@ -51,7 +51,7 @@ def _attend(q: Array, k: Array, v: Array, scale: float, key_length: Array | None
 
 
 def _attend_by_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
-    """Groups of heads in turn, heads leading: with heads behind, XLA on CPU transposes the scores before the product."""
+    """Groups of heads in turn, heads leading: with heads behind, XLA on CPU transposes scores before products."""
     b, lq, h, d = q.shape
     heads = [x.swapaxes(1, 2).reshape(b * h, x.shape[1], d) for x in (q, k, v)]
     attend = functools.partial(_attend_heads, scale=scale, key_length=key_length)
