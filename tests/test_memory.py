@@ -38,7 +38,7 @@ def test_predicted_activations_are_near_what_the_compiler_reports():
     program = jax.jit(lambda p, x, t, text: functional.merge(graphdef, p)(x, t, text)).lower(params, *shapes).compile()
     analysis = program.memory_analysis()
     assert analysis is not None
-    predicted = memory.denoise_bytes(config, (5, 32, 32), 1, 4)
+    predicted = memory.denoise_bytes(config, (5, 32, 32), 1, 4, on_cpu=True)
     assert 1 / 3 < predicted / analysis.temp_size_in_bytes < 3
 
 

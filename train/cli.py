@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         task = make_task(command.config)
         export = command.options.get("export")
         if export is not None:
-            task.export(load_ema(command.config, task), pathlib.Path(export))
+            task.export(load_ema(command.config, task), pathlib.Path(str(export)))
             print(f"wrote {export}")
             return 0
         state = train(command.config, task)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return _STOPPED
-    default = pathlib.Path(command.config.run_dir) / "export"
+    default = pathlib.Path(str(command.config.run_dir)) / "export"
     task.export(state.ema, default, overwrite=True)
     print(f"wrote {default}")
     return 0

@@ -32,7 +32,7 @@ def make_optimizer(name: str, learning_rate: Any, *, clip_norm: float, adam_b2: 
         optimizer = optax.contrib.muon(
             learning_rate,
             adam_b2=adam_b2,
-            muon_weight_dimension_numbers=_muon_dimensions,
+            muon_weight_dimension_numbers=_muon_dimensions,  # pyright: ignore[reportArgumentType] (a tree with None)
             # The update has the size of Adam's (Moonlight, arXiv 2502.16982), so one learning rate serves both.
             consistent_rms=0.2,
         )

@@ -35,17 +35,14 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         # The average follows quickly at first, else it would remember the random start for long.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
-        )
-        new_state = TrainState(state.step + 1, *kept, jnp.where(finite, 0, state.skipped + 1))
+        new = TrainState(state.step + 1, params, ema, opt_state, jnp.zeros_like(state.skipped))
+        old = state._replace(step=state.step + 1, skipped=state.skipped + 1)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         return new_state, {"loss": value, "grad_norm": norm, "skipped": new_state.skipped, **metrics}
 
     return jax.jit(step, donate_argnums=0)

@@ -121,7 +121,7 @@ def plan(
         work = max(clip_bytes(configs["image_encoder"], size), encode)
         phases["image"] = encoders + vae + work
     batch = 2 if guided and not sequential_guidance else 1
-    phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size)
+    phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
     if wan.model_type == "i2v":
         phases["denoise"] += vae  # loaded for the image already
     method = decode_method(vae_config, latents, None) if vae_decode == "auto" else vae_decode
@@ -138,20 +138,21 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str) -> int:
     )
 
 
-def denoise_bytes(config: WanConfig, latents: Sequence[int], batch: int, size: int) -> int:
+def denoise_bytes(config: WanConfig, latents: Sequence[int], batch: int, size: int, *, on_cpu: bool = False) -> int:
     """Activations of one pass of the transformer.
 
     Args:
         latents: frames, height, width.
         batch: 2 with guidance in one pass.
         size: bytes of an element in matmuls.
+        on_cpu: scores of attention are not counted: there they are made in blocks that the cache holds.
     """
     length = math.prod(n // p for n, p in zip(latents, config.patch_size, strict=True))
     tokens, scores = batch * length, batch * config.num_heads * length * length * 4
     # Residual stream, its normalised copy, and the gated sum in float32; q, k, v and the attention's result.
     per_token = config.dim * (3 * 4 + 3 * 4 + 4 * size) + config.ffn_dim * 2 * size
     elements = math.prod(latents) * config.in_dim * batch
-    return tokens * per_token + min(scores, _MAX_SCORES) + 6 * 4 * elements
+    return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
 
 
 def text_bytes(config: Umt5Config, length: int, size: int) -> int:

@@ -67,7 +67,7 @@ class Rollout:
         self.latent_size = latent_size
         self.layout = CacheLayout(plan.window, rows * columns, plan.sink, relative=plan.positions == "relative")
         self._graphdef = graphdef
-        self.block = jax.jit(self._block, donate_argnames="cache")
+        self.block: Callable[..., tuple[Latents, KVCache]] = jax.jit(self._block, donate_argnames="cache")
         self.prepare = jax.jit(lambda params, text: merge(graphdef, params).cross_keys(text))
 
     def empty_cache(self) -> KVCache:
@@ -105,12 +105,12 @@ class Rollout:
 
     def _stream(self, params: Any, context: Any, noise: Any, renoise: Any, steps: Any, given: Any) -> Iterator[Array]:
         plan, cache = self.plan, self.empty_cache()
-        known = 0 if given is None else given.shape[1]
         latents, made = None, 0
         for step in steps:
             shape = self.shape(step.frames)
-            is_given = not step.seed and made < known
-            if is_given:
+            is_given = False
+            if given is not None and not step.seed and made < given.shape[1]:
+                is_given = True
                 latents = jnp.asarray(given[:, made : made + step.frames], jnp.float32)
             elif not step.seed:
                 latents = jnp.asarray(noise(step.block, shape), jnp.float32)

@@ -82,7 +82,7 @@ def normalize(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
     return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
 
 
-def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
     """`num_layers` blocks as one module whose parameters have a leading layer axis."""
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
 

@@ -47,7 +47,7 @@ def rope_tables_at(frames: Int[Array, " f"], rows_columns: tuple[int, int], head
     """`rope_tables` for frames below causal.MAX_FRAMES, which may be traced: there is no table to run out of."""
     dim, rest = axis_dims(head_dim)[0], (len(frames), *rows_columns)
     angles = jnp.repeat(_frame_angles(frames, dim), 2, axis=1)[:, None, None]
-    sign = np.tile(np.float32([-1.0, 1.0]), dim // 2)
+    sign = np.tile(np.array([-1.0, 1.0], np.float32), dim // 2)
     cos = jnp.broadcast_to(jnp.cos(angles), (*rest, dim)).reshape(-1, dim)
     sin = jnp.broadcast_to(jnp.sin(angles) * sign, (*rest, dim)).reshape(-1, dim)
     spatial = rope_tables(rest, head_dim)

@@ -74,6 +74,8 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 def _ramp(tile: int, before: bool, after: bool, overlap: int, stride: int) -> np.ndarray:
     """Weight of each pixel of a tile along one axis: rising and falling where there is a neighbour, never zero."""
     window = np.ones(tile * stride, np.float32)
+    if overlap == 0:
+        return window
     rise = (np.arange(overlap * stride, dtype=np.float32) + 0.5) / (overlap * stride)
     if before:
         window[: overlap * stride] = rise

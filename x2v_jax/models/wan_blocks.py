@@ -54,8 +54,10 @@ class _Attention(nnx.Module):
     """Projections and query/key norms that self and cross attention share."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, Linear(config.dim, config.dim, rngs=rngs, **dtypes))
+        self.q = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
+        self.k = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
+        self.v = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
+        self.o = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
         self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
         self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
         self.num_heads = config.num_heads
@@ -97,22 +99,21 @@ class CrossAttention(_Attention):
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
         super().__init__(config, rngs=rngs, **dtypes)
-        self.has_image = config.model_type == "i2v"
-        if self.has_image:
+        if config.model_type == "i2v":
             self.k_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
             self.v_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
 
     def keys(self, text: Tokens, image: Tokens | None) -> CrossKeys:
         k, v = self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
-        if not self.has_image:
+        if image is None:
             return CrossKeys(k, v)
         return CrossKeys(k, v, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image)))
 
     def __call__(self, x: Tokens, keys: CrossKeys) -> Tokens:
         q = self.heads(self.norm_q(self.q(x)))
         y = attention(q, keys.k, keys.v)
-        if self.has_image:
+        if keys.k_img is not None and keys.v_img is not None:
             y = y + attention(q, keys.k_img, keys.v_img)
         return self.project_out(y)
 

@@ -29,14 +29,16 @@ def attention(
         implementation: "reference" (exact, any platform), "cudnn" (16-bit on NVIDIA GPUs, d a multiple of 8 up to 128),
             or "auto": cudnn where the program is lowered for CUDA and the inputs allow it, reference elsewhere.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def reference(q: Array, k: Array, v: Array) -> Array:
-        return attention_reference(q, k, v, scale=scale, key_length=key_length)
+        return attention_reference(q, k, v, scale=factor, key_length=key_length)
 
     def cudnn(q: Array, k: Array, v: Array) -> Array:
         lengths = None if key_length is None else jnp.full(k.shape[:1], key_length, jnp.int32)
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=factor, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
 
     if implementation == "cudnn":
         return cudnn(q, k, v)
