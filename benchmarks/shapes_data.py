@@ -19,7 +19,7 @@ def matching_scenes(prompts: Sequence[shapes.Prompt], seed: int) -> shapes.Scene
     Fields are numpy arrays of shape [len(prompts)].
     """
     pool = jax.tree.map(np.asarray, shapes.sample_scenes(jax.random.key(seed), max(_POOL, 100 * len(prompts))))
-    size = np.where(pool.radius < shapes._SMALL, "small", np.where(pool.radius > shapes._BIG, "big", ""))
+    size = np.where(pool.radius < shapes.SMALL_BELOW, "small", np.where(pool.radius > shapes.BIG_ABOVE, "big", ""))
     drawn: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for i, labels in enumerate(zip(pool.colour, pool.shape, pool.direction, strict=True)):
         drawn[tuple(map(int, labels))].append(i)  # pyright: ignore[reportArgumentType]

@@ -29,7 +29,7 @@ _STEP_XY = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], np.float32)  # y grows d
 _RADIUS = (9.0, 12.0)
 _PATH = (24.0, 38.0)
 _MARGIN = 1.0
-_SMALL, _BIG = 9.8, 11.2  # radii below and above which a caption may say so
+SMALL_BELOW, BIG_ABOVE = 9.8, 11.2  # radii below and above which a caption may say so
 
 
 class Scene(NamedTuple):
@@ -144,7 +144,7 @@ def _caption(
         return canonical_prompt(colour, shape, direction)
     while True:
         form, article, size, verb, way = _WORDINGS[rng.integers(len(_WORDINGS))]
-        fits = not size or (radius < _SMALL if size == "small " else radius > _BIG)
+        fits = not size or (radius < SMALL_BELOW if size == "small " else radius > BIG_ABOVE)
         prompt = _write(form, article, size, verb, way, colour, shape, direction)
         if fits and not is_held_out(prompt):
             return prompt

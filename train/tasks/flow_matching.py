@@ -48,7 +48,7 @@ class FlowMatchingTask:
             text_dim=self.text_config.dim, text_len=TEXT_LEN, **{k: v for k, v in config.model.items()}
         )
         self.dtype = jnp.dtype(config.dtype)
-        self.graphs, _ = _abstract(self.model_config, self.text_config, self.dtype)
+        self.graphs = _graphs(self.model_config, self.text_config, self.dtype)
         checkpoint = open_checkpoint(config.vae)
         self.vae_config: VaeConfig = checkpoint.config("vae")
         self.vae_graph, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
@@ -222,12 +222,11 @@ def _padded_tokenizer() -> Any:
     return tokenizer
 
 
-def _abstract(model: WanConfig, text: Umt5Config, dtype: Any) -> tuple[dict[str, Any], Params]:
-    pairs = {
-        "transformer": abstract(lambda: WanModel(model, rngs=nnx.Rngs(0), dtype=dtype)),
-        "text_encoder": abstract(lambda: Umt5Encoder(text, rngs=nnx.Rngs(0), dtype=dtype)),
+def _graphs(model: WanConfig, text: Umt5Config, dtype: Any) -> dict[str, Any]:
+    return {
+        "transformer": abstract(lambda: WanModel(model, rngs=nnx.Rngs(0), dtype=dtype))[0],
+        "text_encoder": abstract(lambda: Umt5Encoder(text, rngs=nnx.Rngs(0), dtype=dtype))[0],
     }
-    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
 
 
 def _flat_numpy(params: Params) -> dict[str, np.ndarray]:

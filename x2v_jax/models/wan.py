@@ -7,6 +7,7 @@ The same weights serve three ways of attending: in both directions, block-causal
 block by block with the keys and values of earlier frames from a cache (Self-Forcing wan/modules/causal_model.py).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ class _PatchEmbedding(nnx.Module):
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
         shape = (*config.patch_size, config.in_dim, config.dim)
-        flat = nnx.initializers.xavier_uniform()(rngs.params(), (_product(shape[:-1]), config.dim), param_dtype)
+        flat = nnx.initializers.xavier_uniform()(rngs.params(), (math.prod(shape[:-1]), config.dim), param_dtype)
         self.kernel = nnx.Param(flat.reshape(shape))
         self.bias = nnx.Param(jnp.zeros((config.dim,), param_dtype))
 
@@ -55,7 +56,7 @@ class _PatchEmbedding(nnx.Module):
 
 class _Head(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
-        out = _product(config.patch_size) * config.out_dim
+        out = math.prod(config.patch_size) * config.out_dim
         self.modulation = nnx.Param(modulation_init(rngs, 2, config.dim, param_dtype))
         self.linear = Linear(config.dim, out, rngs=rngs, dtype=jnp.float32, param_dtype=param_dtype)
         # A new model predicts zero velocity, as the published initialisation has it.
@@ -191,13 +192,6 @@ def _spans(causal: CausalPattern, grid: tuple[int, int, int]) -> list[Span]:
         sink, first = causal.visible(stop)
         spans.append(Span(start * tokens, stop * tokens, first * tokens, stop * tokens, sink * tokens))
     return spans
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _patch_grid(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, int, int]:
