@@ -1,7 +1,8 @@
 """One network of a checkpoint on the device: its structure at once, its weights when first needed, until released."""
 
 import gc
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from x2v_jax.checkpoint import lora, names
+from x2v_jax.checkpoint.store import NativeCheckpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.memory import device_dtype
 from x2v_jax.models import functional
@@ -17,7 +20,7 @@ from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request_checks import as_config
+from x2v_jax.request_fields import as_config
 
 _NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
     "transformer": (WanConfig, WanModel),
@@ -25,6 +28,9 @@ _NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
     "text_encoder": (Umt5Config, Umt5Encoder),
     "image_encoder": (ClipConfig, ClipVisionTower),
 }
+
+# A file, or a file and the strength that it is merged with.
+Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class Network:
@@ -74,3 +80,26 @@ class Network:
         values = tensor.read()
         # Cast on the host, so that the device never holds a weight twice; one at a time, so that neither does the host.
         return jax.device_put(np.asarray(values, wanted)).block_until_ready()
+
+
+def describe_networks(
+    checkpoint: NativeCheckpoint, loras: Sequence[Lora], *, dtype: str
+) -> tuple[dict[str, Network], lora.LoraReport | None]:
+    """The networks that a checkpoint has, by component, none of them loaded; LoRAs are merged into the transformer.
+
+    Raises:
+        UserError: the checkpoint is damaged, or a LoRA does not fit it.
+    """
+    networks, report = {}, None
+    for name in (name for name in _NETWORKS if checkpoint.has(name)):
+        tensors = checkpoint.tensors(name)
+        if name == "transformer" and loras:
+            files = [(lora.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
+            rows = names.table(name, checkpoint.config(name))
+            tensors, report = lora.merge_into_native(tensors, files, rows)
+        networks[name] = Network(name, checkpoint.config(name), tensors, dtype=dtype)
+    return networks, report
+
+
+def _lora_pair(entry: Lora) -> tuple[str | os.PathLike[str], float]:
+    return (entry[0], float(entry[1])) if isinstance(entry, tuple | list) else (entry, 1.0)

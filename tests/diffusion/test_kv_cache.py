@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
+from x2v_jax.diffusion.kv_storage import EightBit
 from x2v_jax.errors import UserError
+from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.rope import apply_rope, rope_tables
+from x2v_jax.ops.attention import in_parts
 
 TOKENS, LAYERS = 2, 2
 CONFIG = WanConfig(dim=12, ffn_dim=8, num_heads=1, num_layers=LAYERS)
 
 
-def _cache(**layout) -> KVCache:
-    return KVCache.empty(CONFIG, CacheLayout(frame_tokens=TOKENS, **layout), dtype=jnp.float32)
+def _cache(dtype="float32", **layout) -> KVCache:
+    return KVCache.empty(CONFIG, CacheLayout(frame_tokens=TOKENS, **layout), dtype=dtype)
 
 
 def _rows(frames) -> jax.Array:
@@ -59,6 +62,89 @@ def test_the_frames_of_the_published_rolling_cache_remain(window: int, sink: int
         assert sorted(kept[:, 0].tolist()) == published
         np.testing.assert_array_equal(v[:length], -k[:length])
     np.testing.assert_array_equal(cache.k[0], 0)  # the other layer
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+    """Rows are read 3 at a time, which is no multiple of a frame's 2."""
+    monkeypatch.setattr(in_parts, "_FEW_BYTES", 0)
+    monkeypatch.setattr(in_parts, "_ROWS", 3)
+
+
+def _dense(q, k, v, visible: np.ndarray) -> np.ndarray:
+    """Attention under a mask over all frames there ever were, in float64."""
+    mask = np.repeat(np.repeat(visible, TOKENS, 0), TOKENS, 1)
+    scores = np.where(mask, np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / q.shape[-1] ** 0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "block", "dtype", "bound"),
+    [(*case, "float32", 1e-5) for case in GRID]
+    + [(*GRID[i], dtype, bound) for i in (4, -1) for dtype, bound in (("int8", 0.02), ("int8_e4m3", 0.06))],
+)
+def test_attention_to_the_cache_is_that_under_a_dense_mask(small_parts, window, sink, block, dtype, bound):
+    frames = -(-2 * window // block) * block + block
+    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, frames * TOKENS, 1, 12))) for i in range(3))
+    visible = np.zeros((frames, frames), bool)
+    for start, stop in CausalPattern(block, window, sink).blocks(frames):
+        kept, first = CausalPattern(block, window, sink).visible(stop)
+        visible[start:stop, :kept] = visible[start:stop, first:stop] = True
+
+    @jax.jit
+    def step(cache, q, k, v, start):
+        cache = cache.write(1, k, v, start)
+        return cache, cache.attend(1, q, start + block)
+
+    cache, out = KVCache.empty(CONFIG, CacheLayout(window, TOKENS, sink), 2, dtype), []
+    for start in range(0, frames, block):
+        rows = np.s_[:, start * TOKENS : (start + block) * TOKENS]
+        cache, y = step(cache, q[rows], k[rows], v[rows], start)
+        out.append(np.asarray(y))
+    expected = _dense(q, k, v, visible)
+    if dtype == "float32":
+        np.testing.assert_allclose(np.concatenate(out, axis=1), expected, atol=bound)
+    assert np.linalg.norm(np.concatenate(out, axis=1) - expected) / np.linalg.norm(expected) < bound
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int8_e4m3"])
+def test_8_bits_are_half_the_bytes_of_16(dtype: str):
+    config = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+
+    def size(dtype, sink: int = 0) -> int:
+        layout = CacheLayout(21, 1560, sink, relative=True)
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: KVCache.empty(config, layout, dtype=dtype)))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    assert size(dtype) / size("bfloat16") == 0.5 + 2 / 128
+    # Of three frames the keys are kept in 16 bits as well.
+    assert size(dtype, sink=3) / size("bfloat16", sink=3) < 0.55
+
+
+def test_in_8_bits_a_row_is_what_was_written_there_last():
+    cache = _cache(window=4, dtype="int8")
+    for start in (0, 2, 4, 6):
+        k = jax.random.normal(jax.random.key(start), (1, 2 * TOKENS, 1, 12)) * 10.0**start
+        cache = write(cache, 0, k, -k, start)
+        again, _, _ = write(cache, 0, k, -k, start).read(0, start + 2)
+        rows = np.s_[:, start % 4 * TOKENS : (start % 4 + 2) * TOKENS]
+        got, values, length = cache.read(0, start + 2)
+        assert int(length) == min(start + 2, 4) * TOKENS
+        np.testing.assert_allclose(got[rows], k, atol=float(jnp.abs(k).max()) / 250)
+        np.testing.assert_array_equal(values[rows], -got[rows])
+        np.testing.assert_array_equal(again, got)
+
+
+def test_in_8_bits_a_sink_is_rounded_once_however_often_it_was_turned():
+    layout = CacheLayout(4, TOKENS, 1, relative=True)
+    exact, ours = (KVCache.empty(CONFIG, layout, dtype=dtype) for dtype in ("float32", "int8"))
+    assert isinstance(ours.k, EightBit) and ours.sink_k is not None and ours.sink_k.dtype == jnp.bfloat16
+    k = jax.random.normal(jax.random.key(0), (1, TOKENS, 1, 12))
+    for start in (0, *range(1, 400)):
+        exact, ours = (write(cache, 0, k, k, start) for cache in (exact, ours))
+    (near, _, _), (got, _, _) = exact.read(0, 400), ours.read(0, 400)
+    np.testing.assert_allclose(got[:, :TOKENS], near[:, :TOKENS], atol=float(jnp.abs(k).max()) / 120)
 
 
 def test_a_first_block_of_one_frame_moves_nothing_else():

@@ -15,6 +15,7 @@ from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import abstract, merge, split
 from x2v_jax.models.wan import WanModel
+from x2v_jax.ops.attention import in_parts
 
 SIZE = (2, 4)
 SIGMAS = (1.0, 0.6)
@@ -44,9 +45,9 @@ def one_layer():
 class _Run:
     """A Rollout with its parameters and context."""
 
-    def __init__(self, network, plan: RolloutPlan):
+    def __init__(self, network, plan: RolloutPlan, cache_dtype: str = "float32"):
         graphdef, config, self.params = network
-        self.rollout = Rollout(graphdef, config, plan, SIZE, cache_dtype=jnp.float32)
+        self.rollout = Rollout(graphdef, config, plan, SIZE, cache_dtype=cache_dtype)
         self.context = self.rollout.prepare(self.params, TEXT)
 
     def __call__(self, num_frames, noise=NOISE, renoise=RENOISE, **arguments) -> np.ndarray:
@@ -112,6 +113,27 @@ def test_the_cache_changes_nothing(two_layers, plan: RolloutPlan, num_frames: in
     run = _Run(two_layers, plan)
     assert _distance(run(num_frames), _dense_rollout(two_layers, plan, num_frames)) < 1e-5
     assert run.compilations == compilations
+
+
+def test_neither_do_parts_of_it(two_layers, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(in_parts, "_FEW_BYTES", 0)
+    monkeypatch.setattr(in_parts, "_ROWS", 3)
+    plan = RolloutPlan(SIGMAS, 3, "sliding", 7, sink=2, positions="absolute")
+    assert _distance(_Run(two_layers, plan)(12), _dense_rollout(two_layers, plan, 12)) < 1e-5
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 4])
+def test_one_frame_a_block_and_one_frame_more_are_as_without_a_cache(one_layer, num_frames: int):
+    plan = RolloutPlan(SIGMAS, block=3, window=7, independent_first_frame=num_frames != 3)
+    assert _distance(_Run(one_layer, plan)(num_frames), _dense_rollout(one_layer, plan, num_frames)) < 1e-5
+
+
+@pytest.mark.parametrize(("cache_dtype", "bound"), [("bfloat16", 0.01), ("int8", 0.02), ("int8_e4m3", 0.04)])
+def test_a_narrow_cache_changes_a_video_of_five_blocks_by_as_much_as_stated(two_layers, cache_dtype, bound):
+    plan = RolloutPlan(SIGMAS, block=2, mode="sliding", window=6, sink=2)
+    exact = _Run(two_layers, plan)(10)
+    distance = _distance(_Run(two_layers, plan, cache_dtype)(10), exact)
+    assert 0 < distance < bound
 
 
 def test_a_video_can_be_longer_than_any_table_at_two_compilations(one_layer):

@@ -11,7 +11,7 @@ from typing import Any
 
 from x2v_jax.checkpoint.file_sets import read_json
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule, WanConfig
+from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
 
 # What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
 _NEGATIVE = (
@@ -40,9 +40,14 @@ SCHEDULES: Mapping[str, Schedule] = {
     "i2v_480p": Schedule(num_inference_steps=40, shift=3.0, guidance_scale=5.0, negative_prompt=_NEGATIVE),
     "i2v_720p": Schedule(num_inference_steps=40, shift=5.0, guidance_scale=5.0, negative_prompt=_NEGATIVE, **_HD),
     "distill": _distilled(_FOUR_STEPS, shift=5.0),
-    "self_forcing": _distilled(_FOUR_STEPS, shift=5.0),
+    "self_forcing": _distilled(_FOUR_STEPS, shift=5.0, causal=CausalSchedule()),
     # This list holds ODE steps of a schedule that was shifted by 8 already: to warp it again ends at sigma 0.39.
-    "causvid": _distilled((999, 934, 862, 756, 603, 410, 250, 140, 74), shift=8.0, warp_denoising_step=False),
+    "causvid": _distilled(
+        (999, 934, 862, 756, 603, 410, 250, 140, 74),
+        shift=8.0,
+        warp_denoising_step=False,
+        causal=CausalSchedule(mode="fragments"),
+    ),
 }
 
 
@@ -121,6 +126,8 @@ def check_field(name: str, value: Any, default: Any, where: str = "--schedule") 
         kind = "a falling list of timesteps in 1..1000, or null"
     elif name == "sampler":
         good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
+    elif name == "causal":
+        good, kind = _is_causal_schedule(value), "null, or an object of block, window, mode and the like"
     elif isinstance(default, bool):
         good, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
@@ -131,6 +138,13 @@ def check_field(name: str, value: Any, default: Any, where: str = "--schedule") 
         good, kind = isinstance(value, str), "text"
     if not good:
         raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
+
+
+def _is_causal_schedule(value: Any) -> bool:
+    if value is None:
+        return True
+    known = {field.name for field in dataclasses.fields(CausalSchedule)}
+    return isinstance(value, Mapping) and set(value) <= known
 
 
 def _is_step_list(values: list[Any]) -> bool:

@@ -8,6 +8,9 @@ attention does not ask in which order keys come. The frames that remain are thos
 Keys are kept turned to their absolute frame. Distances within the window are then right for any frame number; those to
 the sink grow with the video. In `relative` mode the sink is turned on, from a copy of what was written, so that it
 always lies just before the window: a block never sees a distance beyond the window's length.
+
+Nothing of a layer's size is ever copied: rows are written in place, and attention reads a part of them at a time from
+where they lie. So the cache is carried through layers and steps in the memory that it has.
 """
 
 import dataclasses
@@ -18,9 +21,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
+from x2v_jax.diffusion.kv_storage import Stored, dtype_of, empty, restore, storage_dtypes, store
 from x2v_jax.models.causal import check_whole, check_window
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.rope import apply_rope, frame_shift_tables
+from x2v_jax.ops.attention import ReadRows, attention_in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +73,34 @@ class CacheLayout:
 class KVCache:
     """Keys (turned) and values of every layer. Fits `WanModel.with_cache`.
 
-    k, v: [layers, B, rows, H, D]. One leading axis, so that a layer's rows are at one offset of a flat array.
-    sink_k: [layers, B, rows of the sink, H, D], the sink's keys as they were written; None unless layout.relative.
+    k, v: [layers, B, rows, H, D]. One leading axis, so that a layer's rows are at one offset of a flat array. Kept in 8
+        bits, each is an `EightBit` of such arrays.
+    sink_k: [layers, B, rows of the sink, H, D], the sink's keys as they were written, never in 8 bits: what is turned
+        on would be rounded twice. None unless layout.relative.
 
-    No gradient passes from one block to the keys and values of an earlier one: what was written before is constant.
+    No gradient passes from one block to the keys and values of an earlier one: what was written before is constant. To
+    a cache of 8 bits none passes at all, not even from the block that is being made: train with another.
     """
 
-    k: Float[Array, "n b t h d"]
-    v: Float[Array, "n b t h d"]
+    k: Stored
+    v: Stored
     sink_k: Float[Array, "n b s h d"] | None
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, config: WanConfig, layout: CacheLayout, batch: int = 1, dtype: DTypeLike = jnp.bfloat16) -> Self:
-        """A cache of zeros for a network of `config`. To start again, write from frame 0: there is nothing to clear."""
+        """A cache of zeros for a network of `config`. To start again, write from frame 0: there is nothing to clear.
+
+        dtype: float32, bfloat16 or float16; or, for half the bytes of the last two, "int8" or "int8_e4m3" (see
+            `storage_dtypes`).
+        """
         shape = (config.num_layers, batch, layout.rows, config.num_heads, config.head_dim)
         sink = (*shape[:2], layout.sink * layout.frame_tokens, *shape[3:])
         moves = layout.relative and layout.sink > 0
+        keys, values = storage_dtypes(dtype)
+        originals = keys if jnp.issubdtype(keys, jnp.floating) else jnp.bfloat16
         # Not one array twice: both are donated.
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(sink, dtype) if moves else None, layout)
+        return cls(empty(shape, keys), empty(shape, values), jnp.zeros(sink, originals) if moves else None, layout)
 
     def write(
         self,
@@ -105,24 +119,33 @@ class KVCache:
         for i in range(frames):
             frame = start_frame + i
             row = self.layout.slot(frame) * tokens
-            new_k, new_v = (x[:, i * tokens : (i + 1) * tokens].astype(k.dtype) for x in (keys, values))
+            new_k, new_v = (x[:, i * tokens : (i + 1) * tokens] for x in (keys, values))
             k, v = _put(k, new_k, layer, row), _put(v, new_v, layer, row)
             if sink_k is not None:
                 place = jnp.minimum(frame, self.layout.sink - 1) * tokens
-                old = jax.lax.dynamic_slice(sink_k, (layer, 0, place, 0, 0), (1, *new_k.shape))[0]
-                sink_k = _put(sink_k, jnp.where(frame < self.layout.sink, new_k, old), layer, place)
+                old = _rows(sink_k, layer, place, tokens)
+                new = jnp.where(frame < self.layout.sink, new_k.astype(old.dtype), old)
+                sink_k = _put(sink_k, new, layer, place)
         if sink_k is not None:
-            shift = frame_shift_tables(self.layout.evicted(start_frame + frames), k.shape[-1])
-            sink = jax.lax.dynamic_index_in_dim(sink_k, layer, keepdims=False)
+            shift = frame_shift_tables(self.layout.evicted(start_frame + frames), sink_k.shape[-1])
             # Always from the keys as written: turned in place, rounding would add up over the hours.
-            k = _put(k, apply_rope(sink, shift).astype(k.dtype), layer, 0)
+            k = _put(k, apply_rope(_rows(sink_k, layer, 0, sink_k.shape[2]), shift), layer, 0)
         return dataclasses.replace(self, k=k, v=v, sink_k=sink_k)
 
+    def attend(self, layer: ArrayLike, q: Float[Array, "b l h d"], end_frame: ArrayLike) -> Float[Array, "b l h d"]:
+        """Attention of a layer's queries, of a block that ends before `end_frame`, to all rows that are there then."""
+        length = self.layout.valid_rows(end_frame)
+        return attention_in_parts(q, (self, layer), _read_like(q), rows=self.layout.rows, length=length)
+
     def read(
-        self, layer: ArrayLike, end_frame: ArrayLike
+        self, layer: ArrayLike, end_frame: ArrayLike, dtype: DTypeLike | None = None
     ) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h d"], Int[Array, ""]]:
-        """(keys, values, how many of their first rows count) for a block that ends before `end_frame`."""
-        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.k, self.v))
+        """(keys, values, how many of their first rows count) for a block that ends before `end_frame`: a copy.
+
+        dtype: of keys and values; None: as they are kept, float32 where that is 8 bits.
+        """
+        rows = self.layout.rows
+        k, v = (restore(_rows(x, layer, 0, rows), dtype or _floating(x)) for x in (self.k, self.v))
         return k, v, self.layout.valid_rows(end_frame)
 
     def _frames_of(self, keys: Array) -> int:
@@ -136,5 +159,32 @@ class KVCache:
         return frames
 
 
-def _put(cache: Array, rows: Array, layer: Any, row: Any) -> Array:
-    return jax.lax.dynamic_update_slice(cache, rows[None], (layer, 0, row, 0, 0))
+def _read_like(q: Array) -> ReadRows:
+    def read(source: Any, first_row: Any, rows: int, first_head: Any, heads: int) -> tuple[Array, Array]:
+        cache, layer = source
+        k, v = (restore(_rows(x, layer, first_row, rows, first_head, heads), q.dtype) for x in (cache.k, cache.v))
+        return k, v
+
+    return read
+
+
+def _floating(stored: Stored) -> DTypeLike:
+    dtype = dtype_of(stored)
+    return jnp.float32 if dtype.itemsize == 1 else dtype
+
+
+def _rows(stored: Any, layer: Any, row: Any, rows: int, head: Any = 0, heads: int | None = None) -> Any:
+    """[B, rows, heads, D] of a layer, of each array that is stored."""
+
+    def some(x: Array) -> Array:
+        size = (1, x.shape[1], rows, heads or x.shape[3], x.shape[4])
+        return jax.lax.dynamic_slice(x, (layer, 0, row, head, 0), size)[0]
+
+    return jax.tree.map(some, stored)
+
+
+def _put(stored: Any, new: Array, layer: Any, row: Any) -> Any:
+    def put(x: Array, rows: Array) -> Array:
+        return jax.lax.dynamic_update_slice(x, rows[None], (layer, 0, row, 0, 0))
+
+    return jax.tree.map(put, stored, store(new, dtype_of(stored)))

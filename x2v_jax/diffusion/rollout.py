@@ -6,6 +6,7 @@ see.
 Sources: Self-Forcing pipeline/causal_inference.py, CausVid causvid/models/wan/causal_inference.py.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.diffusion.noise import block_noise, step_noise
-from x2v_jax.diffusion.rollout_plan import RolloutPlan
+from x2v_jax.diffusion.rollout_plan import BlockStep, RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params, merge
@@ -29,6 +30,8 @@ Latents = Float[Array, "b f h w c"]
 NoiseFn = Callable[[int, tuple[int, ...]], Array]
 # (block, number of steps, its shape) -> what is added after each step but the last, [steps - 1, B, f, h, w, C]
 RenoiseFn = Callable[[int, int, tuple[int, ...]], Array]
+# latent frames before the next new block -> another prompt's cross keys from that block on, or None for no change
+ChangeFn = Callable[[int], CrossKeys | None]
 
 
 class Rollout:
@@ -85,8 +88,11 @@ class Rollout:
         num_frames: int | None = None,
         *,
         given: Latents | None = None,
+        change: ChangeFn | None = None,
     ) -> Iterator[Latents]:
-        """Blocks of clean latents [B, f, h, w, C] float32, each as soon as it is there.
+        """Blocks of clean latents [B, f, h, w, C] float32, in order. A block may still be in the making on the device.
+
+        A block is shown to the cache only when the next one is asked for, so that it can be decoded before that.
 
         Args:
             context: from `prepare(params, text)`, text [B, L, D].
@@ -94,6 +100,9 @@ class Rollout:
             num_frames: length of the video, the given frames included; None: until the caller stops, where the plan's
                 mode has no end.
             given: clean latents of the first blocks, e.g. of an image or of an earlier run. They are not yielded again.
+            change: asked before each new block. When it gives cross keys, the frames that the block will see are first
+                shown again under them, clean and block by block, so that the new prompt counts at once (LongLive,
+                arXiv:2509.22622). What comes then is what would come if these frames were `given` with the new prompt.
 
         Raises:
             UserError: the plan cannot make num_frames, or `given` is not whole blocks of this size.
@@ -101,36 +110,51 @@ class Rollout:
         steps = self.plan.steps(num_frames)
         if given is not None:
             self._check_given(given, num_frames)
-        return self._stream(params, context, noise, renoise, steps, given)
+        return self._stream(_Visits(self, params, context), noise, renoise, steps, given, change)
 
-    def _stream(self, params: Any, context: Any, noise: Any, renoise: Any, steps: Any, given: Any) -> Iterator[Array]:
-        plan, cache = self.plan, self.empty_cache()
-        latents, made = None, 0
+    def _stream(
+        self, visits: "_Visits", noise: NoiseFn, renoise: RenoiseFn, steps: Iterator[BlockStep], given: Any, change: Any
+    ) -> Iterator[Array]:
+        latents, made = jnp.zeros(()), 0
+        shown = _Shown(self.plan) if change is not None else None
+        # How far positions in the cache are behind the plan's: not at all until frames are shown again.
+        behind = 0
         for step in steps:
-            shape = self.shape(step.frames)
+            if step.seed:
+                visits.show(latents, step.start_frame, self._context_timestep(False))
+                behind = 0
+                if shown is not None:
+                    shown.restart(latents)
+                continue
             is_given = False
-            if given is not None and not step.seed and made < given.shape[1]:
+            if given is not None and made < given.shape[1]:
                 is_given = True
                 latents = jnp.asarray(given[:, made : made + step.frames], jnp.float32)
-            elif not step.seed:
-                latents = jnp.asarray(noise(step.block, shape), jnp.float32)
-            if step.seed or is_given:
-                first, last = plan.num_steps, plan.num_steps + 1
-                added = jnp.zeros((max(1, plan.num_steps - 1), *shape), jnp.float32)
             else:
-                first, last = 0, plan.num_steps + (step.keep and plan.context_timestep is not None)
+                if change is not None and shown is not None and (context := change(made)) is not None:
+                    visits.context, frames = context, 0
+                    for earlier in shown.blocks:
+                        visits.show(earlier, frames, np.float32(0))
+                        frames += earlier.shape[1]
+                    behind = step.start_frame - frames
+                shape = self.shape(step.frames)
                 added = self._added(renoise, step.block, shape)
-            made += 0 if step.seed else step.frames
-            latents, cache = self.block(
-                params, context, cache, latents, added, np.int32(step.start_frame), np.int32(first), np.int32(last),
-                self._context_timestep(is_given),
-            )  # fmt: skip
-            if not step.seed and not is_given:
+                start = jnp.asarray(noise(step.block, shape), jnp.float32)
+                latents = visits.denoise(start, step.start_frame - behind, added)
                 yield latents
+            made += step.frames
+            if shown is not None:
+                shown.add(latents)
+            if is_given or (step.keep and self.plan.context_timestep is not None):
+                visits.show(latents, step.start_frame - behind, self._context_timestep(is_given))
+
+    def no_noise(self, shape: tuple[int, ...]) -> Float[Array, "s b f h w c"]:
+        """What stands for the noise between steps where none is added."""
+        return jnp.zeros((max(1, self.plan.num_steps - 1), *shape), jnp.float32)
 
     def _added(self, renoise: RenoiseFn, block: int, shape: tuple[int, ...]) -> Array:
         if self.plan.num_steps == 1:
-            return jnp.zeros((1, *shape), jnp.float32)
+            return self.no_noise(shape)
         return jnp.asarray(renoise(block, self.plan.num_steps, shape), jnp.float32)
 
     def _context_timestep(self, is_given: bool) -> np.float32:
@@ -185,6 +209,51 @@ class Rollout:
             )
         if num_frames is not None and frames >= num_frames:
             raise UserError(f"{frames} latent frames are given and num_frames is {num_frames}; ask for more than that")
+
+
+class _Visits:
+    """The cache of one video, and the calls that change it."""
+
+    def __init__(self, rollout: Rollout, params: Params, context: CrossKeys):
+        self.context = context
+        self._rollout, self._params = rollout, params
+        self._cache = rollout.empty_cache()
+
+    def denoise(self, noise: Latents, start_frame: int, added: Float[Array, "s b f h w c"]) -> Latents:
+        return self._block(noise, start_frame, 0, self._rollout.plan.num_steps, added, np.float32(0))
+
+    def show(self, latents: Latents, start_frame: int, timestep: np.float32) -> None:
+        """One pass that only leaves keys and values, of a finished block."""
+        steps = self._rollout.plan.num_steps
+        added = self._rollout.no_noise(latents.shape)
+        self._block(latents, start_frame, steps, steps + 1, added, timestep)
+
+    def _block(
+        self, latents: Latents, start_frame: int, first: int, last: int, added: Array, timestep: np.float32
+    ) -> Latents:
+        latents, self._cache = self._rollout.block(
+            self._params, self.context, self._cache, latents, added, np.int32(start_frame), np.int32(first),
+            np.int32(last), timestep,
+        )  # fmt: skip
+        return latents
+
+
+class _Shown:
+    """The blocks that the next one sees, oldest first: those of the sink, and the latest that fit the window."""
+
+    def __init__(self, plan: RolloutPlan):
+        self.blocks: list[Latents] = []
+        self._plan = plan
+
+    def restart(self, latents: Latents) -> None:
+        self.blocks = [latents]
+
+    def add(self, latents: Latents) -> None:
+        self.blocks.append(latents)
+        lengths = [block.shape[1] for block in self.blocks]
+        in_sink = sum(before < self._plan.sink for before in itertools.accumulate(lengths[:-1], initial=0))
+        while self.blocks and sum(block.shape[1] for block in self.blocks) > self._plan.window - self._plan.block:
+            del self.blocks[min(in_sink, len(self.blocks) - 1)]
 
 
 def keyed_noise(key: Key[Array, ""]) -> tuple[NoiseFn, RenoiseFn]:

@@ -142,6 +142,23 @@ class ClipConfig(_FromDict):
 
 
 @dataclasses.dataclass(frozen=True)
+class CausalSchedule(_FromDict):
+    """How a causal checkpoint goes from block to block. Counts are of latent frames; see `rollout_plan.RolloutPlan`.
+
+    block: frames made together. window: the trained horizon, and what the cache holds. mode: how a longer video is made
+    unless the request says otherwise. context_timestep: at which a finished block is shown again; None for not at all.
+    """
+
+    block: int = 3
+    window: int = 21
+    sink: int = 0
+    mode: Literal["full", "sliding", "fragments"] = "sliding"
+    positions: Literal["relative", "absolute"] = "relative"
+    context_timestep: float | None = 0.0
+    independent_first_frame: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule(_FromDict):
     """How a checkpoint is meant to be sampled. It travels in model.json: other settings give poor video and no error.
 
@@ -149,6 +166,7 @@ class Schedule(_FromDict):
     denoising_step_list: the trained timesteps of a distilled model, in 1..1000, falling; None for "unipc".
     warp_denoising_step: whether the list is still to be warped by `shift` (CausVid's lists already are).
     height, width, num_frames: the trained size in pixels and frames; fps: frames a second.
+    causal: for models that make a video block by block; None for those that make it whole.
     """
 
     sampler: Literal["unipc", "step_distill"] = "unipc"
@@ -162,6 +180,14 @@ class Schedule(_FromDict):
     num_frames: int = 81
     fps: int = 16
     negative_prompt: str = ""
+    causal: CausalSchedule | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        causal = values.get("causal")
+        if isinstance(causal, Mapping):
+            values = {**values, "causal": CausalSchedule.from_dict(causal)}
+        return super().from_dict(values)
 
     @property
     def is_distilled(self) -> bool:

@@ -1,11 +1,12 @@
 """Layers that the networks share. Norms and their statistics are float32; matmuls run in the module's `dtype`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -87,12 +88,26 @@ def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs:
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
 
 
-def scan_blocks(
-    blocks: nnx.Module, x: Any, apply: Callable[..., Any], *, last: int | None = None, inputs: Any = None
-) -> Any:
-    """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given).
+Remat = Literal["none", "attention", "block"]
+# What "attention" keeps of a block; see `named_output`.
+_ATTENTION_OUTPUT = "attention_output"
 
-    inputs: arrays with a leading layer axis; if given, apply(block, x, inputs of the layer) is called. x may be a tree.
+
+def scan_blocks(
+    blocks: nnx.Module,
+    x: Any,
+    apply: Callable[..., Any],
+    *,
+    last: int | None = None,
+    inputs: Any = None,
+    remat: Remat = "none",
+) -> Any:
+    """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given). x may be a tree.
+
+    Args:
+        inputs: arrays with a leading layer axis; if given, apply(block, x, inputs of the layer) is called.
+        remat: what a gradient keeps of a block: all of it ("none"), its input and the outputs of its attentions, or its
+            input alone ("block"); the rest is computed again.
     """
     graphdef, params = nnx.split(blocks)
     if last is not None:
@@ -102,4 +117,14 @@ def scan_blocks(
         block = nnx.merge(graphdef, layer[0])
         return (apply(block, carry) if inputs is None else apply(block, carry, layer[1])), None
 
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        keep = policies.save_only_these_names(_ATTENTION_OUTPUT) if remat == "attention" else None
+        # In a scan there is nothing that could merge the second computation with the first.
+        step = jax.checkpoint(step, policy=keep, prevent_cse=False)
     return jax.lax.scan(step, x, (params, inputs))[0]
+
+
+def named_output(x: Array) -> Array:
+    """Marks an attention's output as what remat "attention" keeps."""
+    return checkpoint_name(x, _ATTENTION_OUTPUT)

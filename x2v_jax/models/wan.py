@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.layers import LayerNorm, Linear, normalize, scan_blocks, stacked
+from x2v_jax.models.layers import LayerNorm, Linear, Remat, normalize, scan_blocks, stacked
 from x2v_jax.models.rope import rope_tables, rope_tables_at
 from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
 from x2v_jax.ops.attention import Span
@@ -78,11 +78,14 @@ class WanModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
+        remat: Remat = "none",
     ):
+        """remat: what gradients keep of each block; see `layers.scan_blocks`."""
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         exact: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": param_dtype}
         dim = config.dim
         self.config = config
+        self.remat: Remat = remat
         self.patch_embedding = _PatchEmbedding(config, rngs=rngs, param_dtype=param_dtype)
         self.text_embedding = Mlp((config.text_dim, dim, dim), jax.nn.gelu, rngs=rngs, **dtypes)
         self.time_embedding = Mlp((config.freq_dim, dim, dim), jax.nn.silu, rngs=rngs, **exact)
@@ -119,7 +122,9 @@ class WanModel(nnx.Module):
         image = self._embed_image(image_features)
         rope = rope_tables(grid, self.config.head_dim)
         spans = None if causal is None else _spans(causal, grid)
-        x = scan_blocks(self.blocks, x, lambda block, x: block(x, block_time, text, image, rope, spans))
+        x = scan_blocks(
+            self.blocks, x, lambda block, x: block(x, block_time, text, image, rope, spans), remat=self.remat
+        )
         return _unpatchify(self.head(x, time), grid, self.config.patch_size)
 
     def cross_keys(self, text: Float[Array, "b l t"], image_features: Float[Array, "b n i"] | None = None) -> CrossKeys:
@@ -159,6 +164,33 @@ class WanModel(nnx.Module):
         inputs = (jnp.arange(self.config.num_layers), context)
         x, cache = scan_blocks(self.blocks, (x, cache), apply, inputs=inputs)
         return _unpatchify(self.head(x, time), grid, self.config.patch_size), cache
+
+    def after_frames(
+        self,
+        latents: Float[Array, "b f h w c"],
+        timestep: Float[Array, "b *f"],
+        context: CrossKeys,
+        keys: Float[Array, "n b t h d"],
+        values: Float[Array, "n b t h d"],
+        start_frame: Int[Array, ""],
+    ) -> Float[Array, "b f h w o"]:
+        """What `with_cache` says, for training: earlier frames are constant and nothing is written.
+
+        A gradient then stores no copies of the cache, and goes through this block of frames alone.
+
+        Args:
+            keys, values: of frame i in rows [i, i + 1) * tokens of a frame, those from start_frame on unused; of every
+                layer, as a cache that has evicted nothing holds them.
+        """
+        x, time, block_time, grid = self._embed(latents, timestep)
+        rope = rope_tables_at(start_frame + jnp.arange(grid[0]), grid[1:], self.config.head_dim)
+        start_row = start_frame * grid[1] * grid[2]
+
+        def apply(block: Block, x: Any, layer: Any) -> Any:
+            return block.after(x, block_time, layer[0], rope, layer[1], layer[2], start_row)
+
+        x = scan_blocks(self.blocks, x, apply, inputs=(context, keys, values), remat=self.remat)
+        return _unpatchify(self.head(x, time), grid, self.config.patch_size)
 
     def _embed(self, latents: Array, timestep: Array) -> tuple[Tokens, Array, Array, tuple[int, int, int]]:
         """(tokens, time [B, *F, D], time of the blocks [B, *F, 6, D], (frames, rows, columns) of the tokens)."""

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.layers import LayerNorm, Linear, RMSNorm, normalize
+from x2v_jax.models.layers import LayerNorm, Linear, RMSNorm, named_output, normalize
 from x2v_jax.models.rope import RopeTables, apply_rope
 from x2v_jax.ops.attention import Span, attention, attention_by_spans
 
@@ -24,8 +24,8 @@ class KeyValueCache(Protocol):
         """Stores keys and values [B, L, H, D] of the whole frames from `start_frame` on. Keys are already turned."""
         ...
 
-    def read(self, layer: Any, end_frame: Any) -> tuple[Array, Array, Array]:
-        """(keys, values [B, T, H, D], how many of their first rows count) for queries that end before `end_frame`."""
+    def attend(self, layer: Any, q: Array, end_frame: Any) -> Array:
+        """Attention of queries [B, L, H, D] that end before `end_frame` to the rows that a layer has by then."""
         ...
 
 
@@ -73,17 +73,25 @@ class _Attention(nnx.Module):
 class SelfAttention(_Attention):
     def __call__(self, x: Tokens, rope: RopeTables, spans: Sequence[Span] | None = None) -> Tokens:
         q, k, v = self.queries_keys_values(x, rope)
-        return self.project_out(attention(q, k, v) if spans is None else attention_by_spans(q, k, v, spans))
+        return self.project_out(
+            named_output(attention(q, k, v) if spans is None else attention_by_spans(q, k, v, spans))
+        )
 
     def with_cache(
         self, x: Tokens, rope: RopeTables, cache: Any, layer: Array, start_frame: Array, end_frame: Array
     ) -> tuple[Tokens, Any]:
         q, k, v = self.queries_keys_values(x, rope)
         cache = cache.write(layer, k, v, start_frame)
-        keys, values, length = cache.read(layer, end_frame)
-        # A cache may be kept narrower than the network computes.
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        return self.project_out(attention(q, keys, values, key_length=length)), cache
+        return self.project_out(cache.attend(layer, q, end_frame)), cache
+
+    def after(self, x: Tokens, rope: RopeTables, keys: Array, values: Array, start_row: Array) -> Tokens:
+        """Attention to the first `start_row` rows of constant keys and values [B, T, H, D], and to itself."""
+        q, k, v = self.queries_keys_values(x, rope)
+        keys, values = (
+            jax.lax.dynamic_update_slice(jax.lax.stop_gradient(old).astype(new.dtype), new, (0, start_row, 0, 0))
+            for old, new in ((keys, k), (values, v))
+        )
+        return self.project_out(named_output(attention(q, keys, values, key_length=start_row + x.shape[1])))
 
     def queries_keys_values(self, x: Tokens, rope: RopeTables) -> tuple[Array, Array, Array]:
         q = apply_rope(self.norm_q(self.q(x)).reshape(*x.shape[:2], self.num_heads, -1), rope)
@@ -115,7 +123,7 @@ class CrossAttention(_Attention):
         y = attention(q, keys.k, keys.v)
         if keys.k_img is not None and keys.v_img is not None:
             y = y + attention(q, keys.k_img, keys.v_img)
-        return self.project_out(y)
+        return self.project_out(named_output(y))
 
 
 class Block(nnx.Module):
@@ -161,6 +169,20 @@ class Block(nnx.Module):
         y = self._before_attention(x, parts)
         y, cache = self.self_attn.with_cache(y, rope, cache, layer, start_frame, end_frame)
         return self._after_attention(x, y, parts, keys), cache
+
+    def after(
+        self,
+        x: Tokens,
+        time: Float[Array, "b *f 6 _"],
+        cross: CrossKeys,
+        rope: RopeTables,
+        keys: Array,
+        values: Array,
+        start_row: Array,
+    ) -> Tokens:
+        parts = modulation_parts(self.modulation, time, x.shape[1])
+        y = self.self_attn.after(self._before_attention(x, parts), rope, keys, values, start_row)
+        return self._after_attention(x, y, parts, cross)
 
     def _before_attention(self, x: Tokens, parts: Sequence[Array]) -> Tokens:
         shift, scale, *_ = parts
