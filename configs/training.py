@@ -14,7 +14,11 @@ def training_config(task: str, run_dir: str) -> ConfigDict:
             "seed": 0,
             "optimizer": "adam",
             "clip_norm": 1.0,
+            "max_grad_norm": float("inf"),  # an update with a larger gradient is left out
             "ema_decay": 0.995,
+            "ema_start": 0,  # step from which the average is an average
+            "accumulate": 1,  # parts of a batch that are worked off one after the other
+            "devices": 0,  # 0 for all
             "log_every": 50,
             "eval_every": 500,
             "save_every": 250,

@@ -1,5 +1,6 @@
 """`python -m train`: reads the config, builds the task, trains or exports."""
 
+import importlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,14 @@ _OPTIONS = {
     "export": Option("write the averaged weights of the newest checkpoint as a native checkpoint, and end", "DIR"),
 }
 _STOPPED = 3
+_TASKS = {
+    "vae": ("vae", "VaeTask"),
+    "flow_matching": ("flow_matching", "FlowMatchingTask"),
+    "dmd": ("dmd", "DmdTask"),
+    "causvid": ("causvid", "CausVidTask"),
+    "ode_pairs": ("ode_pairs", "OdePairs"),
+    "ode_regression": ("ode_regression", "OdeRegressionTask"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +40,10 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         task = make_task(command.config)
+        if hasattr(task, "run"):  # makes data, trains nothing
+            task.run()
+            print(f"wrote {command.config.output}")
+            return 0
         export = command.options.get("export")
         if export is not None:
             task.export(load_ema(command.config, task), pathlib.Path(str(export)))
@@ -51,12 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_task(config: Any) -> Any:
     """The task that config.task names."""
-    if config.task == "vae":
-        from train.tasks.vae import VaeTask
-
-        return VaeTask(config)
-    if config.task == "flow_matching":
-        from train.tasks.flow_matching import FlowMatchingTask
-
-        return FlowMatchingTask(config)
-    raise UserError(f"config.task is {config.task!r}; choose vae or flow_matching")
+    if config.task not in _TASKS:
+        raise UserError(f"config.task is {config.task!r}; choose {', '.join(_TASKS)}")
+    module, name = _TASKS[config.task]
+    return getattr(importlib.import_module(f"train.tasks.{module}"), name)(config)

@@ -5,33 +5,55 @@ import pathlib
 import signal
 import time
 from collections import defaultdict
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from train.checkpoints import Checkpoints, claim_directory
+from train.logs import Log
 from train.optimizers import learning_rate_schedule, make_optimizer
-from train.state import TrainState, init_state, make_step
+from train.state import Averaging, TrainState, init_state, make_update
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params, parameter_count
+from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
 
 _MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Task(Protocol):
-    """What is learnt. `phase` is one entry of config.phases."""
+    """What is learnt. `phase` is one entry of config.phases.
 
-    def init(self, key: jax.Array) -> Params: ...
+    roles: what is trained, by name. averaged: the one that is averaged, evaluated and exported.
+    frozen: networks that are used and not trained, as a tree of arrays.
+    """
+
+    roles: Sequence[str]
+    averaged: str
+    frozen: Any
+
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        """The first parameters of every role."""
+        ...
 
     def start_phase(self, params: Params, phase: Any) -> Params: ...
 
-    def batch(self, step: int, phase: Any) -> Any:
-        """The batch of a step: a function of the config's seed and the step alone, so that resuming is exact."""
+    def updates(self, step: int) -> Sequence[str]:
+        """The roles that learn in a step, in order."""
         ...
 
-    def loss(self, params: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+    def batch(self, role: str, step: int, phase: Any) -> Any:
+        """What a role learns from in a step: a function of the config's seed and the step alone, so that resuming is
+        exact. Leaves have the samples on their first axis."""
+        ...
+
+    def gradient(
+        self, role: str, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+        """(loss, gradients of the role's parameters, metrics). Compiled."""
+        ...
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Measures the averaged weights; may leave pictures in `directory`."""
@@ -40,6 +62,27 @@ class Task(Protocol):
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
         """Writes a native checkpoint."""
         ...
+
+
+class SingleRoleTask:
+    """A task with one role, "model", and a loss(params, batch, key) -> (loss, metrics)."""
+
+    roles: ClassVar[Sequence[str]] = ("model",)
+    averaged = "model"
+    frozen: Any = ()
+    loss: Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+    def start_phase(self, params: Params, phase: Any) -> Params:
+        return params
+
+    def updates(self, step: int) -> Sequence[str]:
+        return self.roles
+
+    def gradient(
+        self, role: str, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+        (loss, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(params[role], batch, key)
+        return loss, grads, metrics
 
 
 class Stopped(Exception):
@@ -53,18 +96,11 @@ def train(config: Any, task: Task) -> TrainState:
         UserError: the directory belongs to another config or holds nothing that reads back, or training diverged.
         Stopped: a signal asked for an end; a checkpoint has been written.
     """
-    directory = pathlib.Path(config.run_dir)
-    claim_directory(directory, _recorded(config), resume_any=config.resume_any)
-    checkpoints = Checkpoints(directory)
-    log = (directory / "log.jsonl").open("a")
-    stop = _StopFlag()
+    run = _Run(config, task)
     try:
-        return _run_phases(config, task, directory, checkpoints, log, stop)
+        return run.all_phases()
     finally:
-        stop.restore()
-        checkpoints.wait()
-        checkpoints.close()
-        log.close()
+        run.close()
 
 
 def load_ema(config: Any, task: Task) -> Params:
@@ -76,7 +112,8 @@ def load_ema(config: Any, task: Task) -> Params:
     if not pathlib.Path(config.run_dir, "checkpoints").is_dir():
         raise UserError(f"run_dir {config.run_dir} holds no checkpoints; train first, or name another --config.run_dir")
     checkpoints = Checkpoints(pathlib.Path(config.run_dir))
-    state = init_state(task.init(jax.random.key(config.seed)), _optimizer(config, config.phases[0]))
+    optimizers = {role: _optimizer(config, role, config.phases[0]) for role in task.roles}
+    state = init_state(task.init(jax.random.key(config.seed)), optimizers, task.averaged)
     try:
         restored = checkpoints.restore_latest(state)
     finally:
@@ -86,87 +123,142 @@ def load_ema(config: Any, task: Task) -> Params:
     return restored.ema
 
 
-def _run_phases(
-    config: Any, task: Task, directory: pathlib.Path, checkpoints: Checkpoints, log: Any, stop: "_StopFlag"
-) -> TrainState:
-    key = jax.random.key(config.seed)
-    params = task.init(key)
-    print(f"{parameter_count(params):,} parameters, run directory {directory}")
-    state = init_state(params, _optimizer(config, config.phases[0]))
-    restored = checkpoints.restore_latest(state)
-    if restored is not None:
-        state = restored
-        checkpoints.set_aside_after(int(state.step))
-        print(f"resumed at step {int(state.step)}")
-    begin = 0
-    for phase in config.phases:
-        end = begin + phase.steps
-        if int(state.step) < end:
-            optimizer = _optimizer(config, phase)
-            if int(state.step) == begin:
-                # A phase starts its optimizer afresh: moments of the phase before do not fit weights that come alive.
-                params = task.start_phase(state.params, phase)
-                ema = task.start_phase(state.ema, phase)
-                state = state._replace(params=params, ema=ema, opt_state=optimizer.init(params))
-            state = _run_phase(config, task, phase, end, optimizer, state, directory, checkpoints, log, stop)
-        begin = end
-    return state
+class _Run:
+    """One run of `train`: its directory, log and checkpoints."""
+
+    def __init__(self, config: Any, task: Task):
+        self.config, self.task = config, task
+        self.mesh = Mesh.of(config.devices or None)
+        for phase in config.phases:
+            self.mesh.check_batch(phase.batch_size, config.accumulate)
+        self.directory = pathlib.Path(config.run_dir)
+        claim_directory(self.directory, _recorded(config), resume_any=config.resume_any)
+        self.checkpoints = Checkpoints(self.directory)
+        self.log = Log(self.directory)
+        self.stop = _StopFlag()
+        self.frozen = place_tree(task.frozen, self.mesh)
+        self.root = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    def close(self) -> None:
+        self.stop.restore()
+        self.checkpoints.wait()
+        self.checkpoints.close()
+        self.log.close()
+
+    def all_phases(self) -> TrainState:
+        state = self._first_state()
+        begin = 0
+        for phase in self.config.phases:
+            end = begin + phase.steps
+            if int(state.step) < end:
+                if int(state.step) == begin:
+                    state = self._start_phase(state, phase)
+                state = self._phase(phase, end, state)
+            begin = end
+        return state
+
+    def _first_state(self) -> TrainState:
+        params = self.task.init(jax.random.key(self.config.seed))
+        counts = ", ".join(f"{name} {parameter_count(tree):,}" for name, tree in params.items())
+        print(f"parameters: {counts}; run directory {self.directory}")
+        optimizers = {role: _optimizer(self.config, role, self.config.phases[0]) for role in self.task.roles}
+        state = place_tree(init_state(params, optimizers, self.task.averaged), self.mesh)
+        restored = self.checkpoints.restore_latest(state)
+        if restored is None:
+            return state
+        self.checkpoints.set_aside_after(int(restored.step))
+        print(f"resumed at step {int(restored.step)}")
+        return restored
+
+    def _start_phase(self, state: TrainState, phase: Any) -> TrainState:
+        # A phase starts its optimizers afresh: moments of the phase before do not fit weights that come alive.
+        params = {name: self.task.start_phase(tree, phase) for name, tree in state.params.items()}
+        optimizers = {role: _optimizer(self.config, role, phase) for role in self.task.roles}
+        fresh = init_state(params, optimizers, self.task.averaged)
+        fresh = fresh._replace(
+            step=state.step, ema=self.task.start_phase(state.ema, phase), skipped_total=state.skipped_total
+        )
+        return place_tree(fresh, self.mesh)
+
+    def _phase(self, phase: Any, end: int, state: TrainState) -> TrainState:
+        config = self.config
+        update = {role: self._update(role, phase, state) for role in self.task.roles}
+        window: dict[str, list[Any]] = defaultdict(list)
+        since, steps = time.monotonic(), 0
+        first = int(state.step)
+        begin = end - phase.steps
+        bar = tqdm(range(first, end), initial=first - begin, total=phase.steps, desc=phase.name, unit="step")
+        for step in bar:
+            for role in self.task.updates(step):
+                batch = place_batch(self.task.batch(role, step, phase), self.mesh)
+                key = jax.random.fold_in(jax.random.fold_in(self.root, step), self.task.roles.index(role))
+                state, metrics = update[role](state, self.frozen, batch, key)
+                prefix = "" if len(self.task.roles) == 1 else f"{role}/"
+                for name, value in metrics.items():
+                    window[prefix + name].append(value)
+            done, steps = step + 1, steps + 1
+            if done % config.log_every == 0 or done == end:
+                means = {name: _mean(values) for name, values in window.items()}
+                self.log.write(done, {"seconds_per_step": (time.monotonic() - since) / steps, **means}, phase.name)
+                losses = {name: f"{value:.4f}" for name, value in means.items() if name.endswith("loss")}
+                bar.set_postfix(losses)
+                self._check_divergence(state, done)
+                window.clear()
+                since, steps = time.monotonic(), 0
+            if done % config.eval_every == 0 or done == end:
+                started = time.monotonic()
+                results = self.task.evaluate(state.ema, done, self.directory)
+                self.log.write(done, {f"eval/{k}": v for k, v in results.items()})
+                bar.write(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
+                since += time.monotonic() - started
+            if done % config.save_every == 0 or done == end or self.stop.requested:
+                self.checkpoints.save(state)
+            if self.stop.requested:
+                raise Stopped(f"stopped at step {done}; the same command goes on from there")
+        return state
+
+    def _update(self, role: str, phase: Any, state: TrainState) -> Any:
+        def gradient(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+            return self.task.gradient(role, params, frozen, batch, key)
+
+        config = self.config
+        averaging = Averaging(self.task.averaged, config.ema_decay, config.ema_start)
+        return make_update(
+            role,
+            gradient,
+            _optimizer(config, role, phase),
+            averaging,
+            accumulate=config.accumulate,
+            max_norm=config.max_grad_norm,
+            # The counts of a step belong to its last update.
+            ends_step=role == self.task.roles[-1],
+            shardings=tree_shardings(state, self.mesh) if self.mesh.size > 1 else None,
+        )
+
+    def _check_divergence(self, state: TrainState, done: int) -> None:
+        if int(state.skipped) >= _MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"training diverged: {_MAX_SKIPPED_IN_A_ROW} updates in a row before step {done} had a loss or "
+                "gradient that is not finite or above max_grad_norm; lower --config.phases learning_rate and resume"
+            )
 
 
-def _run_phase(
-    config: Any,
-    task: Task,
-    phase: Any,
-    end: int,
-    optimizer: Any,
-    state: TrainState,
-    directory: pathlib.Path,
-    checkpoints: Checkpoints,
-    log: Any,
-    stop: "_StopFlag",
-) -> TrainState:
-    step_fn = make_step(task.loss, optimizer, config.ema_decay)
-    root = jax.random.fold_in(jax.random.key(config.seed), 1)
-    window: dict[str, list[Any]] = defaultdict(list)
-    since = time.monotonic()
-    first = int(state.step)
-    bar = tqdm(range(first, end), initial=first, total=end, desc=phase.name, unit="step", mininterval=2)
-    for step in bar:
-        state, metrics = step_fn(state, task.batch(step, phase), jax.random.fold_in(root, step))
-        for name, value in metrics.items():
-            window[name].append(value)
-        done = step + 1
-        if done % config.log_every == 0 or done == end:
-            means = {name: float(np.mean([float(v) for v in values])) for name, values in window.items()}
-            seconds = (time.monotonic() - since) / len(window["loss"])
-            _write(log, {"step": done, "phase": phase.name, "seconds_per_step": seconds, **means})
-            bar.set_postfix(loss=f"{means['loss']:.4f}")
-            if float(metrics["skipped"]) >= _MAX_SKIPPED_IN_A_ROW:
-                raise UserError(
-                    f"training diverged: {_MAX_SKIPPED_IN_A_ROW} steps in a row before step {done} had a loss or "
-                    "gradient that is not finite; lower --config.phases learning_rate and resume"
-                )
-            window.clear()
-            since = time.monotonic()
-        if done % config.eval_every == 0 or done == end:
-            started = time.monotonic()
-            results = task.evaluate(state.ema, done, directory)
-            _write(log, {"step": done, **{f"eval/{k}": v for k, v in results.items()}})
-            bar.write(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
-            since += time.monotonic() - started
-        if done % config.save_every == 0 or done == end or stop.requested:
-            checkpoints.save(state)
-        if stop.requested:
-            raise Stopped(f"stopped at step {done}; the same command goes on from there")
-    return state
+def _mean(values: list[Any]) -> float:
+    """Of what is a number: a metric that a step cannot give (a loss of an exit step that was not drawn) is NaN."""
+    numbers = np.asarray([float(v) for v in values])
+    numbers = numbers[~np.isnan(numbers)]
+    return float(numbers.mean()) if len(numbers) else float("nan")
 
 
-def _optimizer(config: Any, phase: Any) -> Any:
+def _optimizer(config: Any, role: str, phase: Any) -> Any:
     # The schedule counts from the start of the phase: the optimizer's own step count is reset there.
+    settings = {**phase.to_dict(), **phase.to_dict().get(role, {})}
+    # A role that learns in every n-th step goes through its schedule in a n-th of the steps.
+    steps = max(1, phase.steps // settings.get("every", 1))
     schedule = learning_rate_schedule(
-        phase.learning_rate, phase.steps, phase.warmup, phase.decay_share, phase.final_scale
+        settings["learning_rate"], steps, settings["warmup"], settings["decay_share"], settings["final_scale"]
     )
-    return make_optimizer(config.optimizer, schedule, clip_norm=config.clip_norm)
+    return make_optimizer(config.optimizer, schedule, clip_norm=config.clip_norm, **config.get("adam", {}))
 
 
 def _recorded(config: Any) -> dict[str, Any]:
@@ -175,11 +267,6 @@ def _recorded(config: Any) -> dict[str, Any]:
     for name in ("run_dir", "resume_any", "log_every", "eval_every", "save_every"):
         values.pop(name)
     return values
-
-
-def _write(log: Any, values: dict[str, Any]) -> None:
-    log.write(json.dumps(values) + "\n")
-    log.flush()
 
 
 class _StopFlag:

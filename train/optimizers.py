@@ -24,14 +24,35 @@ def learning_rate_schedule(peak: float, steps: int, warmup: int, decay_share: fl
     )
 
 
-def make_optimizer(name: str, learning_rate: Any, *, clip_norm: float, adam_b2: float = 0.99) -> Any:
-    """Adam, or Muon for the matrices of hidden layers with Adam for all else. Gradients are clipped by global norm."""
+def make_optimizer(
+    name: str,
+    learning_rate: Any,
+    *,
+    clip_norm: float,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Any:
+    """AdamW, or Muon for the matrices of hidden layers with Adam for all else. Gradients are clipped by global norm.
+
+    With b1 = 0, as distribution matching distillation has it, no first moment is kept.
+    """
     if name == "adam":
-        optimizer = optax.adam(learning_rate, b2=adam_b2)
+        # Adam's second moment alone: with b1 = 0 the first is the gradient, and 4 bytes a parameter are saved.
+        by_size = (
+            optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True)
+            if b1 == 0
+            else optax.scale_by_adam(b1, b2, eps)
+        )
+        decay = optax.add_decayed_weights(weight_decay)
+        optimizer = optax.chain(by_size, decay, optax.scale_by_learning_rate(learning_rate))
     elif name == "muon":
         optimizer = optax.contrib.muon(
             learning_rate,
-            adam_b2=adam_b2,
+            adam_b1=b1,
+            adam_b2=b2,
+            weight_decay=weight_decay,
             muon_weight_dimension_numbers=_muon_dimensions,  # pyright: ignore[reportArgumentType] (a tree with None)
             # The update has the size of Adam's (Moonlight, arXiv 2502.16982), so one learning rate serves both.
             consistent_rms=0.2,

@@ -1,6 +1,10 @@
-"""The state of a training run, and one step of it."""
+"""The state of a training run, and how one role of it is updated.
 
-from collections.abc import Callable
+A run has one role ("model"), or several that learn from each other: a generator and a critic. Each has parameters and
+an optimizer of its own; one of them is averaged and exported.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,40 +13,126 @@ import optax
 
 from x2v_jax.models.functional import Params
 
-Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (parameters of all roles, frozen networks, batch, key) -> (loss, gradients of one role, metrics)
+Gradient = Callable[[dict[str, Params], Any, Any, jax.Array], tuple[jax.Array, Params, dict[str, jax.Array]]]
+
+
+class Role(NamedTuple):
+    """What is trained, and its optimizer's state."""
+
+    params: Params
+    opt_state: Any
 
 
 class TrainState(NamedTuple):
     """Everything a resumed run needs. Keys and batches are functions of the seed and `step`, so they are not stored."""
 
     step: jax.Array
-    params: Params
+    roles: dict[str, Role]
     ema: Params
-    opt_state: Any
-    skipped: jax.Array  # steps left out in a row because loss or gradient was not finite
+    skipped: jax.Array  # updates left out in a row because loss or gradient was not finite, or the norm exploded
+    skipped_total: jax.Array
+
+    @property
+    def params(self) -> dict[str, Params]:
+        return {name: role.params for name, role in self.roles.items()}
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    # No buffer twice: the step donates them all.
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jnp.zeros((), jnp.int32))
+class Averaging(NamedTuple):
+    """Which role is averaged, how slowly, and from which step on; until then the average is the role itself."""
+
+    role: str
+    decay: float
+    start: int = 0
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float) -> Any:
-    """Jitted (state, batch, key) -> (state, metrics). A step whose loss or gradient is not finite changes nothing."""
+def init_state(
+    params: Mapping[str, Params], optimizers: Mapping[str, optax.GradientTransformation], averaged: str
+) -> TrainState:
+    roles = {name: Role(params[name], optimizers[name].init(params[name])) for name in params}
+    # No buffer twice: an update donates them all.
+    ema = jax.tree.map(jnp.copy, params[averaged])
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    return TrainState(zero(), roles, ema, zero(), zero())
 
-    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+
+def make_update(
+    name: str,
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    averaging: Averaging,
+    *,
+    accumulate: int = 1,
+    max_norm: float = float("inf"),
+    ends_step: bool = True,
+    shardings: Any = None,
+) -> Any:
+    """Jitted (state, frozen, batch, key) -> (state, metrics), which updates one role.
+
+    An update whose loss or gradient is not finite, or whose gradient's norm is above `max_norm`, changes nothing but
+    the counts.
+
+    Args:
+        name: of the role.
+        gradient: what it learns from.
+        averaging: how the average follows, where it is of this role.
+        accumulate: parts that a batch is worked off in; leaves of a batch have the samples on their first axis.
+        ends_step: whether this is the last update of a step.
+        shardings: of the state, where there are several devices.
+    """
+
+    def update(state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads, metrics = _accumulated(gradient, accumulate)(state.params, frozen, batch, key)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        # The average follows quickly at first, else it would remember the random start for long.
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        new = TrainState(state.step + 1, params, ema, opt_state, jnp.zeros_like(state.skipped))
-        old = state._replace(step=state.step + 1, skipped=state.skipped + 1)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        return new_state, {"loss": value, "grad_norm": norm, "skipped": new_state.skipped, **metrics}
+        role = state.roles[name]
+        changes, opt_state = optimizer.update(grads, role.opt_state, role.params)
+        new_role = Role(optax.apply_updates(role.params, changes), opt_state)  # pyright: ignore[reportArgumentType]
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= max_norm)
+        new_role = _choose(good, new_role, role)
+        ema = state.ema
+        if name == averaging.role:
+            ema = _choose(good, _averaged(ema, new_role.params, averaging, state.step), ema)
+        bad = 1 - good.astype(jnp.int32)
+        new = TrainState(
+            state.step + ends_step,
+            state.roles | {name: new_role},
+            ema,
+            (state.skipped + 1) * bad,
+            state.skipped_total + bad,
+        )
+        return new, {"loss": loss, "grad_norm": norm, "skipped": new.skipped_total, **metrics}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def _averaged(ema: Params, params: Params, averaging: Averaging, step: jax.Array) -> Params:
+    # The average follows quickly at first, else it would remember its start for long.
+    since = jnp.maximum(step - averaging.start, 0).astype(jnp.float32)
+    decay = jnp.minimum(averaging.decay, (1.0 + since) / (10.0 + since))
+    decay = jnp.where(step < averaging.start, 0.0, decay)
+    return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
+
+
+def _choose(good: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+
+def _accumulated(gradient: Gradient, parts: int) -> Gradient:
+    """The mean over `parts` equal parts of the batch, one after the other. All see the same key."""
+    if parts == 1:
+        return gradient
+
+    def mean(params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> Any:
+        # Every part takes samples from all over the batch, so that each device keeps those that it has.
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, part, key)), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(gradient, params, frozen, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, split)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return mean

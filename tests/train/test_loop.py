@@ -13,11 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.training import phase, training_config
-from train.loop import Stopped, load_ema, train
+from train.loop import SingleRoleTask, Stopped, load_ema, train
 from x2v_jax.errors import UserError
 
 
-class Regression:
+class Regression(SingleRoleTask):
     """Learns weights [3] from batches that depend on the step alone."""
 
     def __init__(self, *, stop_at: int | None = None, poison_from: int | None = None):
@@ -25,13 +25,13 @@ class Regression:
         self.phases_started: list[str] = []
 
     def init(self, key: jax.Array) -> Any:
-        return {"w": jax.random.normal(key, (3,))}
+        return {"model": {"w": jax.random.normal(key, (3,))}}
 
     def start_phase(self, params: Any, phase: Any) -> Any:
         self.phases_started.append(phase.name)
         return params
 
-    def batch(self, step: int, phase: Any) -> Any:
+    def batch(self, role: str, step: int, phase: Any) -> Any:
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         x = np.random.default_rng([7, step]).normal(size=(phase.batch_size, 3)).astype(np.float32)
@@ -67,7 +67,7 @@ def leaves(state: Any) -> list[np.ndarray]:
 def test_it_learns_and_logs(tmp_path: pathlib.Path):
     state = train(make_config(tmp_path / "run"), Regression())
     assert int(state.step) == 60
-    assert float(jnp.abs(state.params["w"] - 1.0).max()) < 0.2
+    assert float(jnp.abs(state.params["model"]["w"] - 1.0).max()) < 0.2
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6
@@ -107,7 +107,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(tmp_path: path
         Regression(),
     )
     config = make_config(tmp_path / "run", phases=(phase("a", steps=60, learning_rate=0.05, batch_size=4),))
-    with pytest.raises(UserError, match="training diverged: 20 steps in a row"):
+    with pytest.raises(UserError, match="training diverged: 20 updates in a row"):
         train(config, Regression(poison_from=10))
     kept = load_ema(config, Regression())
     np.testing.assert_array_equal(kept["w"], healthy.ema["w"])

@@ -96,9 +96,9 @@ def test_flow_matching_learns(trained_base: pathlib.Path):
 
 def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trained_vae: pathlib.Path):
     config = base_config(trained_base, trained_vae)
-    first = FlowMatchingTask(config).init(jax.random.key(0))
+    first = FlowMatchingTask(config).init(jax.random.key(0))["model"]
     config.init_from = str(trained_base / "export")
-    second = FlowMatchingTask(config).init(jax.random.key(0))
+    second = FlowMatchingTask(config).init(jax.random.key(0))["model"]
     stored = open_checkpoint(trained_base / "export").load("transformer", "float32")
     difference = lambda a, b: float(abs(a["head"]["linear"]["kernel"] - b["head"]["linear"]["kernel"]).max())  # noqa: E731
     assert difference(second["transformer"], stored) == 0

@@ -1,43 +1,60 @@
-"""Trains a text-to-video transformer and its text encoder together by flow matching, on encoded Moving Shapes.
+"""Trains a transformer and its text encoder (and CLIP tower) together by flow matching, on encoded Moving Shapes.
 
 The latents are made once from a trained VAE and kept beside the run; each has several captions, one of which is drawn
-every time it is shown. A share of captions is dropped, so that the model can be guided.
+every time it is shown. A share of captions is dropped, so that the model can be guided; the image of image-to-video is
+never dropped.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from train.data import shapes
+from train.data.shapes_latents import (
+    CAPTIONS_PER_VIDEO,
+    FirstFrames,
+    ShapesLatents,
+    condition_videos,
+    encode_first_frames,
+    encode_videos,
+)
 from train.data.shapes_tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
+from train.loop import SingleRoleTask
 from train.pictures import save_grid
 from x2v_jax.checkpoint.store import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
+from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
-from x2v_jax.models.functional import Params, abstract, flatten, merge, split
+from x2v_jax.models.clip import ClipVisionTower
+from x2v_jax.models.config import ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.functional import Params, abstract, flatten, merge, split, unflatten
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.pixels import to_uint8
 
-_CAPTIONS_PER_VIDEO = 6
-_ENCODE_BATCH = 8
+
+class ImageBatch(NamedTuple):
+    latents: Any  # mask and encoded first frame, [B, f, h, w, 4 + C]
+    pixels: Any  # as CLIP takes them, [B, s, s, 3]
 
 
 class Batch(NamedTuple):
     latents: Any  # [B, f, h, w, C]
     ids: Any  # [B, L]
     mask: Any  # [B, L]
+    image: ImageBatch | None = None
 
 
-class FlowMatchingTask:
+class FlowMatchingTask(SingleRoleTask):
     def __init__(self, config: Any):
         self.config = config
         self.tokenizer = _padded_tokenizer()
@@ -47,14 +64,18 @@ class FlowMatchingTask:
         self.model_config = WanConfig(
             text_dim=self.text_config.dim, text_len=TEXT_LEN, **{k: v for k, v in config.model.items()}
         )
+        self.with_image = self.model_config.model_type == "i2v"
+        self.clip_config = ClipConfig(**config.image_encoder.to_dict()) if self.with_image else None
         self.dtype = jnp.dtype(config.dtype)
-        self.graphs = _graphs(self.model_config, self.text_config, self.dtype)
+        self.graphs = _graphs(self._networks(), self.dtype)
         checkpoint = open_checkpoint(config.vae)
         self.vae_config: VaeConfig = checkpoint.config("vae")
         self.vae_graph, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
         self.vae_params = checkpoint.load("vae", "float32")
         self._sample = jax.jit(self._sample_impl)
-        self._data: Batch | None = None
+        self._encode_video = jax.jit(lambda params, video: merge(self.vae_graph, params).encode(video))
+        self._data: ShapesLatents | None = None
+        self._frames: FirstFrames | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -62,30 +83,23 @@ class FlowMatchingTask:
         frames = (shapes.NUM_FRAMES - 1) // vae.temporal_stride + 1
         return frames, shapes.SIZE // vae.spatial_stride, shapes.SIZE // vae.spatial_stride, vae.z_dim
 
-    def init(self, key: jax.Array) -> Params:
-        if self.config.init_from:
-            return self._weights_of(self.config.init_from)
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        start = self.config.init_from
+        return {"model": self._weights_of(start, key) if start else self._new(key)}
 
-        def make(key: jax.Array) -> Params:
-            keys = jax.random.split(key)
-            transformer = WanModel(self.model_config, rngs=nnx.Rngs(keys[0]))
-            text_encoder = Umt5Encoder(self.text_config, rngs=nnx.Rngs(keys[1]))
-            return {"transformer": split(transformer)[1], "text_encoder": split(text_encoder)[1]}
-
-        return jax.jit(make)(key)
-
-    def start_phase(self, params: Params, phase: Any) -> Params:
-        return params
-
-    def batch(self, step: int, phase: Any) -> Batch:
+    def batch(self, role: str, step: int, phase: Any) -> Batch:
         data = self._dataset()
         rng = np.random.default_rng([self.config.seed, step])
         rows = rng.integers(len(data.latents), size=phase.batch_size)
-        caption = rng.integers(_CAPTIONS_PER_VIDEO, size=phase.batch_size)
+        caption = rng.integers(CAPTIONS_PER_VIDEO, size=phase.batch_size)
         ids, mask = data.ids[rows, caption], data.mask[rows, caption]
         empty_ids, empty_mask = self.tokenize([""])
         dropped = (rng.random(phase.batch_size) < self.config.caption_dropout)[:, None]
-        return Batch(data.latents[rows], np.where(dropped, empty_ids, ids), np.where(dropped, empty_mask, mask))
+        image = None
+        if self.with_image:
+            first = self._first_frames()
+            image = self._image_batch(first.frames[rows], first.latents[rows])
+        return Batch(data.latents[rows], np.where(dropped, empty_ids, ids), np.where(dropped, empty_mask, mask), image)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         time_key, noise_key = jax.random.split(key)
@@ -95,34 +109,46 @@ class FlowMatchingTask:
         sigma = shift_sigma(uniform, self.config.shift)
         noise = jax.random.normal(noise_key, batch.latents.shape)
         noisy = add_noise(batch.latents, noise, sigma)
-        velocity = self._velocity(
-            params, noisy, timestep_from_sigma(sigma), self._encode(params, batch.ids, batch.mask)
-        )
+        text = self._encode(params, batch.ids, batch.mask)
+        velocity = self._velocity(params, noisy, timestep_from_sigma(sigma), text, batch.image)
         losses = jnp.mean(jnp.square(velocity - velocity_target(batch.latents, noise)), axis=(1, 2, 3, 4))
         quarters = {f"loss_sigma_{i}": losses[i * n // 4 : (i + 1) * n // 4].mean() for i in range(4)} if n >= 4 else {}
         return losses.mean(), quarters
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Prompt accuracy on unseen prompts, sampled with few steps to be quick."""
+        from benchmarks.shapes_data import real_videos
         from benchmarks.shapes_judge import score
 
         settings = self.config.evaluation
         prompts = shapes.heldout_prompts(settings.prompts, seed=1)
-        videos = np.concatenate(
-            [
-                self.sample(params, [p.text for p in prompts[i : i + 24]], seed=i, steps=settings.steps)
-                for i in range(0, len(prompts), 24)
-            ]
-        )
+        frames = None
+        if self.with_image:
+            frames = to_uint8(np.concatenate([batch[:, 0] for batch in real_videos(prompts, seed=1)]))
+        parts = []
+        for i in range(0, len(prompts), 24):
+            texts = [p.text for p in prompts[i : i + 24]]
+            given = None if frames is None else frames[i : i + 24]
+            parts.append(self.sample(params, texts, seed=i, steps=settings.steps, frames=given))
+        videos = np.concatenate(parts)
         save_grid(directory / "samples" / f"{step:06d}.png", videos[:12])
         results = score(to_uint8(videos), prompts)
+        if frames is not None:
+            error = np.square(videos[:, 0].astype(np.float64) - (frames / 127.5 - 1.0))
+            results["first_frame_psnr"] = float(np.mean(10 * np.log10(4.0 / error.mean(axis=(1, 2, 3)))))
         return {name: value for name, value in results.items() if isinstance(value, float)}
 
-    def sample(self, params: Params, prompts: list[str], *, seed: int, steps: int) -> np.ndarray:
-        """Videos [N, F, H, W, 3] in [-1, 1] by UniPC with guidance."""
+    def sample(
+        self, params: Params, prompts: list[str], *, seed: int, steps: int, frames: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Videos [N, F, H, W, 3] in [-1, 1] by UniPC with guidance; from first frames uint8 [N, H, W, 3], if given."""
         noise = jax.random.normal(jax.random.key(seed), (len(prompts), *self.latent_shape))
         table = unipc.unipc_table(steps, self.config.sampling_shift)
-        return np.asarray(self._sample(params, self.vae_params, noise, *self.tokenize(prompts), table))
+        image = None
+        if frames is not None:
+            latents = self._encode_video(self.vae_params, condition_videos(frames))
+            image = self._image_batch(frames, np.asarray(latents))
+        return np.asarray(self._sample(params, self.vae_params, noise, *self.tokenize(prompts), table, image))
 
     def tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.tokenizer.encode_batch(prompts)
@@ -130,12 +156,16 @@ class FlowMatchingTask:
 
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
         """Everything that `python -m infer` needs, in 16 bits where that costs nothing visible."""
-        plain = {name: _flat_numpy(params[name]) for name in ("transformer", "text_encoder")}
+        configs = {"transformer": self.model_config, "text_encoder": self.text_config}
+        if self.clip_config is not None:
+            configs["image_encoder"] = self.clip_config
+        components = {name: (config, _flat_numpy(params[name])) for name, config in configs.items()}
+        components["vae"] = self.vae_config, _flat_numpy(self.vae_params)
         tokenizer_file = path.with_suffix(".tokenizer.json")
         write_tokenizer(tokenizer_file)
         save_native(
             path,
-            task="t2v",
+            task=self.model_config.model_type,
             variant="base",
             schedule=Schedule(
                 sampler="unipc",
@@ -146,73 +176,109 @@ class FlowMatchingTask:
                 width=shapes.SIZE,
                 num_frames=shapes.NUM_FRAMES,
             ),
-            components={
-                "transformer": (self.model_config, plain["transformer"]),
-                "text_encoder": (self.text_config, plain["text_encoder"]),
-                "vae": (self.vae_config, _flat_numpy(self.vae_params)),
-            },
+            components=components,
             tokenizer_file=tokenizer_file,
             overwrite=overwrite,
         )
         tokenizer_file.unlink()
 
-    def _weights_of(self, path: str) -> Params:
-        """The weights of a native checkpoint of the same sizes, to go on from."""
+    def _networks(self) -> dict[str, Callable[..., nnx.Module]]:
+        """How to make what is trained. The keywords are those that every network has."""
+        networks: dict[str, Callable[..., nnx.Module]] = {
+            "transformer": partial(WanModel, self.model_config),
+            "text_encoder": partial(Umt5Encoder, self.text_config),
+        }
+        if self.clip_config is not None:
+            networks["image_encoder"] = partial(ClipVisionTower, self.clip_config)
+        return networks
+
+    def _new(self, key: jax.Array) -> Params:
+        networks = self._networks()
+
+        def make(key: jax.Array) -> Params:
+            keys = jax.random.split(key, len(networks))
+            return {name: split(of(rngs=nnx.Rngs(k)))[1] for (name, of), k in zip(networks.items(), keys, strict=True)}
+
+        return jax.jit(make)(key)
+
+    def _weights_of(self, path: str, key: jax.Array) -> Params:
+        """The weights of a native checkpoint of the same sizes, to go on from. A text-to-video one may become i2v."""
         checkpoint = open_checkpoint(path)
-        for name, ours in (("transformer", self.model_config), ("text_encoder", self.text_config)):
+        params, start = self._new(key), checkpoint.config("transformer")
+        widens = self.with_image and start.model_type == "t2v"
+        image_sizes = {name: getattr(self.model_config, name) for name in ("model_type", "in_dim", "clip_dim")}
+        ours = {
+            "transformer": self.model_config,
+            "text_encoder": self.text_config,
+            "image_encoder": self.clip_config,
+        }
+        for name in params:
+            if widens and name == "image_encoder":
+                continue
             theirs = checkpoint.config(name)
-            if theirs != ours:
+            if widens and name == "transformer":
+                theirs = dataclasses.replace(theirs, **image_sizes)
+            if theirs != ours[name]:
                 raise UserError(f"config.init_from={path} has a {name} of other sizes ({theirs}); give one of the same")
-        return {name: checkpoint.load(name, "float32") for name in ("transformer", "text_encoder")}
+            loaded = checkpoint.load(name, "float32")
+            params[name] = add_image_input(params[name], loaded) if widens and name == "transformer" else loaded
+        return params
+
+    def _image_batch(self, frames: np.ndarray, latents: np.ndarray) -> ImageBatch:
+        """First frames uint8 [B, H, W, 3] and their latents -> what the networks take."""
+        assert self.clip_config is not None
+        mask = condition_mask(*latents.shape[1:4], channels=self.vae_config.temporal_stride)
+        mask = np.broadcast_to(mask, (len(latents), *mask.shape))
+        pixels = np.stack([clip_pixels(frame, self.clip_config.image_size) for frame in frames])
+        return ImageBatch(np.concatenate([mask, latents.astype(np.float32)], axis=-1), pixels)
 
     def _encode(self, params: Params, ids: Any, mask: Any) -> jax.Array:
         return merge(self.graphs["text_encoder"], params["text_encoder"])(ids, mask)
 
-    def _velocity(self, params: Params, latents: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
-        return merge(self.graphs["transformer"], params["transformer"])(latents, timestep, text)
+    def _velocity(
+        self, params: Params, latents: jax.Array, timestep: jax.Array, text: jax.Array, image: ImageBatch | None
+    ) -> jax.Array:
+        features = None
+        if image is not None:
+            features = merge(self.graphs["image_encoder"], params["image_encoder"])(image.pixels)
+            latents = jnp.concatenate([latents, image.latents], axis=-1)
+        return merge(self.graphs["transformer"], params["transformer"])(latents, timestep, text, features)
 
     def _sample_impl(
-        self, params: Params, vae_params: Params, noise: Any, ids: Any, mask: Any, table: unipc.Coefficients
+        self,
+        params: Params,
+        vae_params: Params,
+        noise: Any,
+        ids: Any,
+        mask: Any,
+        table: unipc.Coefficients,
+        image: ImageBatch | None,
     ) -> jax.Array:
         empty_ids, empty_mask = (jnp.broadcast_to(a, ids.shape) for a in self.tokenize([""]))
         text = self._encode(params, jnp.concatenate([ids, empty_ids]), jnp.concatenate([mask, empty_mask]))
+        image = jax.tree.map(lambda x: jnp.concatenate([x, x]), image)
 
         def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
             both = jnp.concatenate([latents, latents])
-            answers = self._velocity(params, both, jnp.full(both.shape[:1], timestep), text)
+            answers = self._velocity(params, both, jnp.full(both.shape[:1], timestep), text, image)
             conditional, unconditional = jnp.split(answers, 2)
             return guided_velocity(unconditional, conditional, self.config.guidance_scale)
 
         return merge(self.vae_graph, vae_params).decode(unipc.sample(velocity, noise, table))
 
-    def _dataset(self) -> Batch:
-        """Latents and captions of config.num_videos scenes; encoded once and kept in the run directory."""
-        if self._data is not None:
-            return self._data
-        path = pathlib.Path(self.config.run_dir) / "latents.npz"
-        if not path.exists():
-            encode = jax.jit(
-                lambda params, key: merge(self.vae_graph, params).encode(
-                    shapes.render(shapes.sample_scenes(key, _ENCODE_BATCH))
-                )
-            )
-            latents, ids, mask = [], [], []
-            for i in tqdm(range(self.config.num_videos // _ENCODE_BATCH), desc="encoding videos", unit="batch"):
-                key = jax.random.fold_in(jax.random.key(self.config.seed + 2), i)
-                latents.append(np.asarray(encode(self.vae_params, key)))
-                scenes = shapes.sample_scenes(key, _ENCODE_BATCH)
-                texts = [
-                    self.tokenize(shapes.captions(scenes, seed=_CAPTIONS_PER_VIDEO * i + j))
-                    for j in range(_CAPTIONS_PER_VIDEO)
-                ]
-                ids.append(np.stack([t[0] for t in texts], axis=1))
-                mask.append(np.stack([t[1] for t in texts], axis=1))
-            part = path.with_suffix(".part.npz")
-            np.savez(part, latents=np.concatenate(latents), ids=np.concatenate(ids), mask=np.concatenate(mask))
-            part.rename(path)
-        with np.load(path) as stored:
-            self._data = Batch(stored["latents"], stored["ids"], stored["mask"])
+    def _dataset(self) -> ShapesLatents:
+        if self._data is None:
+            path = pathlib.Path(self.config.run_dir) / "latents.npz"
+            count, seed = self.config.num_videos, self.config.seed
+            self._data = encode_videos(path, count, seed, self._encode_video, self.vae_params, self.tokenize)
         return self._data
+
+    def _first_frames(self) -> FirstFrames:
+        if self._frames is None:
+            path = pathlib.Path(self.config.run_dir) / "first_frames.npz"
+            count, seed = self.config.num_videos, self.config.seed
+            self._frames = encode_first_frames(path, count, seed, self._encode_video, self.vae_params)
+        return self._frames
 
 
 def _padded_tokenizer() -> Any:
@@ -222,11 +288,25 @@ def _padded_tokenizer() -> Any:
     return tokenizer
 
 
-def _graphs(model: WanConfig, text: Umt5Config, dtype: Any) -> dict[str, Any]:
-    return {
-        "transformer": abstract(lambda: WanModel(model, rngs=nnx.Rngs(0), dtype=dtype))[0],
-        "text_encoder": abstract(lambda: Umt5Encoder(text, rngs=nnx.Rngs(0), dtype=dtype))[0],
-    }
+def add_image_input(params: Params, loaded: Params) -> Params:
+    """The weights of a text-to-video transformer in one with image input, which changes nothing of what it says.
+
+    Args:
+        params: new, of the image-to-video transformer.
+        loaded: of a text-to-video transformer of the same sizes.
+    """
+    flat = flatten(params)
+    for name, value in flatten(loaded).items():
+        if name == "patch_embedding.kernel":
+            value = jnp.zeros_like(flat[name]).at[:, :, :, : value.shape[3]].set(value)
+        flat[name] = value
+    # Attention to the image adds nothing until it has learnt to.
+    flat["blocks.cross_attn.v_img.kernel"] = jnp.zeros_like(flat["blocks.cross_attn.v_img.kernel"])
+    return unflatten(flat)
+
+
+def _graphs(networks: Mapping[str, Callable[..., nnx.Module]], dtype: Any) -> dict[str, Any]:
+    return {name: abstract(lambda of=of: of(rngs=nnx.Rngs(0), dtype=dtype))[0] for name, of in networks.items()}
 
 
 def _flat_numpy(params: Params) -> dict[str, np.ndarray]:

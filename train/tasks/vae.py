@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from train.data import shapes
+from train.loop import SingleRoleTask
 from train.pictures import save_grid
 from x2v_jax.checkpoint.store import save_native
 from x2v_jax.models.config import Schedule, VaeConfig
@@ -21,7 +22,7 @@ from x2v_jax.models.functional import Params, abstract, flatten, merge, split
 from x2v_jax.models.vae import WanVae
 
 
-class VaeTask:
+class VaeTask(SingleRoleTask):
     def __init__(self, config: Any):
         self.config = config
         # Latents are normalised by statistics that are only known after training (`export`).
@@ -34,13 +35,11 @@ class VaeTask:
             lambda params, video: self._module(params).decode(self._module(params).encode(video))
         )
 
-    def init(self, key: jax.Array) -> Params:
-        return inflate_start(jax.jit(lambda key: split(WanVae(self.vae_config, rngs=nnx.Rngs(key)))[1])(key))
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        new = jax.jit(lambda key: split(WanVae(self.vae_config, rngs=nnx.Rngs(key)))[1])(key)
+        return {"model": inflate_start(new)}
 
-    def start_phase(self, params: Params, phase: Any) -> Params:
-        return params
-
-    def batch(self, step: int, phase: Any) -> Any:
+    def batch(self, role: str, step: int, phase: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(self.config.seed + 1), step)
         return _clips(key, phase.batch_size, phase.num_frames)
 

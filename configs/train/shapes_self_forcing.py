@@ -1,0 +1,28 @@
+"""Self-Forcing on the tiny world: the causal student rolls out through its cache while it is trained."""
+
+from ml_collections import ConfigDict
+
+from configs.distillation import dmd_config, on_shapes
+from configs.training import phase
+
+
+def get_config() -> ConfigDict:
+    config = on_shapes(dmd_config("runs/shapes_self_forcing"), generator_every=3)
+    config.student = "runs/shapes_causal_ode_init/export"
+    config.dmd.update({"real_guidance_scale": 2.0, "timestep_shift": 3.0})
+    config.causal = ConfigDict({"block": 3, "context_timestep": 0.0, "mode": "sliding"})
+    config.log_every, config.eval_every, config.save_every = 30, 150, 150
+    config.phases = (
+        phase(
+            "self-forcing",
+            steps=1200,
+            batch_size=16,
+            learning_rate=1e-4,
+            warmup=10,
+            decay_share=0.3,
+            final_scale=0.1,
+            generator={"every": 3},
+            critic={"learning_rate": 2e-4},
+        ),
+    )
+    return config

@@ -1,0 +1,26 @@
+"""Step distillation of the tiny world's text-to-video model: 4 steps without guidance for 50 with."""
+
+from ml_collections import ConfigDict
+
+from configs.distillation import dmd_config, on_shapes
+from configs.training import phase
+
+
+def get_config() -> ConfigDict:
+    config = on_shapes(dmd_config("runs/shapes_t2v_dmd"), generator_every=3)
+    config.dmd.update({"real_guidance_scale": 2.0, "timestep_shift": 3.0})
+    config.log_every, config.eval_every, config.save_every = 30, 150, 150
+    config.phases = (
+        phase(
+            "distribution matching",
+            steps=1500,
+            batch_size=16,
+            learning_rate=1e-4,
+            warmup=10,
+            decay_share=0.3,
+            final_scale=0.1,
+            generator={"every": 3},
+            critic={"learning_rate": 2e-4},
+        ),
+    )
+    return config

@@ -1,0 +1,75 @@
+"""Looks at a student while it is trained: the same prompts and seeds every time."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from train.data import shapes
+from train.data.sources import Conditions, encode
+from train.pictures import save_grid
+from x2v_jax.models.functional import Params
+from x2v_jax.pixels import to_uint8
+from x2v_jax.video import write_video
+
+if TYPE_CHECKING:
+    from train.tasks.distillation import Distillation
+
+_AT_ONCE = 24
+_SHOWN = 12
+
+
+def evaluate_students(task: "Distillation", params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
+    """Videos of config.evaluation as mp4 and PNG in `directory`/samples, and on Moving Shapes their scores."""
+    settings = task.config.evaluation
+    prompts = shapes.heldout_prompts(settings.prompts, seed=1) if task.on_shapes else None
+    conditions, first_frames = _conditions(task, prompts, directory)
+    count = len(conditions.text)
+    parts = []
+    for i in range(0, count, _AT_ONCE):
+        rows = np.minimum(np.arange(i, i + min(_AT_ONCE, count)), count - 1)
+        keys = jax.vmap(jax.random.key)(rows.astype(np.uint32))
+        latents = task.sample(params, jax.tree.map(lambda x, rows=rows: x[rows], conditions), keys)
+        parts.append(np.asarray(task.decode(latents))[: count - i])
+    videos = np.concatenate(parts)
+    save_grid(directory / "samples" / f"{step:06d}.png", videos[:_SHOWN])
+    frames = to_uint8(videos[:_SHOWN])
+    write_video(directory / "samples" / f"{step:06d}.mp4", _tiled(frames), task.teacher.schedule.fps)
+    if prompts is None:
+        return {}
+    from benchmarks.shapes_judge import score
+
+    results = {k: v for k, v in score(to_uint8(videos), prompts).items() if isinstance(v, float)}
+    if first_frames is not None:
+        error = np.square(videos[:, 0].astype(np.float64) - (first_frames / 127.5 - 1.0))
+        results["first_frame_psnr"] = float(np.mean(10 * np.log10(4.0 / error.mean(axis=(1, 2, 3)))))
+    return results
+
+
+def _conditions(task: "Distillation", prompts: Any, directory: pathlib.Path) -> tuple[Conditions, np.ndarray | None]:
+    if prompts is None:
+        # Images come with the prompts that they were prepared with.
+        rows = range(min(task.config.evaluation.prompts, len(task.source)))
+        return task.source.conditions(rows), None
+    cache = encode(directory / "evaluation_prompts", [p.text for p in prompts], task.teacher)
+    text = cache.embeddings(range(len(prompts)))
+    if task.model_config.model_type != "i2v":
+        return Conditions(text), None
+    from benchmarks.shapes_data import real_videos
+    from train.data.shapes_source import FirstFrameConditions, encode_frames
+
+    frames = to_uint8(np.concatenate([batch[:, 0] for batch in real_videos(prompts, seed=1)]))
+    images = FirstFrameConditions(directory, encode_frames(task.teacher, frames), task.teacher)
+    rows = np.arange(len(prompts))
+    return Conditions(text, images.conditions(rows), images.features(rows)), frames
+
+
+def _tiled(frames: np.ndarray) -> np.ndarray:
+    """Videos [N, F, H, W, 3] side by side in one, [F, rows H, columns W, 3]; missing ones are black."""
+    columns = int(np.ceil(np.sqrt(len(frames))))
+    rows = -(-len(frames) // columns)
+    full = np.zeros((rows * columns, *frames.shape[1:]), np.uint8)
+    full[: len(frames)] = frames
+    full = full.reshape(rows, columns, *frames.shape[1:]).transpose(2, 0, 3, 1, 4, 5)
+    return full.reshape(full.shape[0], rows * frames.shape[2], columns * frames.shape[3], 3)

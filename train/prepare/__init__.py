@@ -1,0 +1,1 @@
+"""python -m train.prepare: makes, imports and checks the data that training reads."""

@@ -1,0 +1,27 @@
+"""python -m train.prepare prompts|videos|images|lmdb|check: parse, call, report. The work is in train.data."""
+
+import signal
+import sys
+
+from train.prepare.arguments import parse
+from x2v_jax.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 damage found by `check`, 2 a user's mistake, 130 interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        args = parse(arguments)
+        from train.prepare import commands
+
+        return commands.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""A student makes videos while it is trained, and its gradient goes through one step of each.
+
+Denoising stops at a random step, whose output is what the loss sees; only the network's evaluation at that step is
+differentiated. Steps before it, and what earlier blocks left in the cache, are constant.
+Sources: Yin et al., arXiv:2405.14867 (backward simulation); Huang et al., arXiv:2506.08009 (Self-Forcing).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from train.data.sources import Batch, Conditions
+from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
+from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
+from x2v_jax.diffusion.noise import block_noise, initial_noise, step_noise
+from x2v_jax.models.causal import CausalPattern
+from x2v_jax.models.config import WanConfig
+from x2v_jax.models.functional import Params, merge
+
+Latents = Float[Array, "b f h w c"]
+# The derivative of a loss in the student's videos -> its derivative in the student's parameters.
+Pullback = Callable[[Latents], Params]
+Keys = Key[Array, " b"]
+
+# Apart from the folds of diffusion.noise.
+_LEVELS = 1000
+
+
+class Rollout(Protocol):
+    """How a student makes a batch of videos of a fixed size."""
+
+    sigmas: tuple[float, ...]
+
+    def videos(self, params: Params, batch: Batch, keys: Keys, exit_step: Int[Array, ""]) -> Latents:
+        """x0 as of step `exit_step` (the last one makes a finished video). No gradient passes."""
+        ...
+
+    def videos_and_pullback(
+        self, params: Params, batch: Batch, keys: Keys, exit_step: Int[Array, ""]
+    ) -> tuple[Latents, Pullback]:
+        """The same videos, and the way back."""
+        ...
+
+
+def sample_keys(key: Key[Array, ""], sample: Int[Array, " b"]) -> Keys:
+    """A key for each sample of a batch: its noise does not depend on which others are worked off with it."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(sample)
+
+
+def velocity_of(model: Any, latents: Latents, timestep: Array, conditions: Conditions) -> Latents:
+    """A whole-video network's velocity; timestep: scalar or [B]."""
+    timestep = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), latents.shape[:1])
+    if conditions.image_latents is not None:
+        latents = jnp.concatenate([latents, conditions.image_latents], axis=-1)
+    return model(latents, timestep, conditions.text, conditions.image_features)
+
+
+class WholeVideo:
+    """A bidirectional student.
+
+    Args:
+        graphdef: of its WanModel.
+        shape: [f, h, w, C] of a video's latents.
+        sigmas: falling noise levels of its steps.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, shape: tuple[int, ...], sigmas: tuple[float, ...]):
+        self._graphdef, self._shape, self.sigmas = graphdef, shape, sigmas
+
+    def videos(self, params: Params, batch: Batch, keys: Keys, exit_step: Array) -> Latents:
+        params, conditions = jax.lax.stop_gradient(params), batch.conditions
+        return self._clean(params, conditions, self._input(params, conditions, keys, exit_step), exit_step)
+
+    def videos_and_pullback(
+        self, params: Params, batch: Batch, keys: Keys, exit_step: Array
+    ) -> tuple[Latents, Pullback]:
+        conditions = batch.conditions
+        noisy = jax.lax.stop_gradient(self._input(jax.lax.stop_gradient(params), conditions, keys, exit_step))
+        x0, pull = jax.vjp(lambda params: self._clean(params, conditions, noisy, exit_step), params)
+        return x0, lambda gradient: pull(gradient)[0]
+
+    def _input(self, params: Params, conditions: Conditions, keys: Keys, exit_step: Array) -> Latents:
+        """What the exit step is given."""
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+
+        def step(i: Array, x: Latents) -> Latents:
+            noise = jax.vmap(lambda key: step_noise(key, i, self._shape))(keys)
+            return add_noise(self._clean(params, conditions, x, i), noise, _levels(sigmas[i + 1], x))
+
+        start = jax.vmap(lambda key: initial_noise(key, self._shape))(keys)
+        return jax.lax.fori_loop(0, exit_step, step, start)
+
+    def _clean(self, params: Params, conditions: Conditions, x: Latents, step: Array) -> Latents:
+        sigma = jnp.asarray(self.sigmas, jnp.float32)[step]
+        velocity = velocity_of(merge(self._graphdef, params), x, timestep_from_sigma(sigma), conditions)
+        return x0_from_velocity(x, velocity, _levels(sigma, x))
+
+
+class _Blocks(NamedTuple):
+    """What the exit step of each block was given [n, B, f, h, w, C], and the cache after the last one."""
+
+    noisy: Array
+    cache: KVCache
+
+
+class BlockByBlock:
+    """A causal student with its cache, as at inference: a block is denoised, then shown again clean.
+
+    A gradient is taken in two passes. The first rolls out and keeps the input of each block's exit step; the second
+    evaluates those steps again, one block at a time, against the finished cache, in which a block looks at no more than
+    the rows before it. So the memory is that of one block, and no history of the cache is kept.
+
+    Args:
+        graphdef: of its WanModel, text-to-video.
+        config: of the same.
+        shape: [f, h, w, C] of a video's latents; f is whole blocks.
+        sigmas: falling noise levels of its steps.
+        block: frames made together.
+        context_timestep: at which a finished block is shown again.
+        cache_dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: WanConfig,
+        shape: tuple[int, ...],
+        sigmas: tuple[float, ...],
+        *,
+        block: int,
+        context_timestep: float = 0.0,
+        cache_dtype: Any = jnp.float32,
+    ):
+        self._graphdef, self._config, self._shape, self.sigmas = graphdef, config, shape, sigmas
+        self._block, self._context_timestep, self._cache_dtype = block, context_timestep, cache_dtype
+        tokens = (shape[1] // config.patch_size[1]) * (shape[2] // config.patch_size[2])
+        self._layout = CacheLayout(shape[0], tokens)
+
+    def videos(self, params: Params, batch: Batch, keys: Keys, exit_step: Array) -> Latents:
+        return self._roll_out(jax.lax.stop_gradient(params), batch.conditions, keys, exit_step)[0]
+
+    def videos_and_pullback(
+        self, params: Params, batch: Batch, keys: Keys, exit_step: Array
+    ) -> tuple[Latents, Pullback]:
+        conditions = batch.conditions
+        x0, blocks = self._roll_out(jax.lax.stop_gradient(params), conditions, keys, exit_step)
+        blocks = jax.lax.stop_gradient(blocks)
+
+        def pull(gradient: Latents) -> Params:
+            def add(total: Params, inputs: tuple[Array, Array, Array]) -> tuple[Params, None]:
+                number, noisy, of_block = inputs
+                _, back = jax.vjp(
+                    lambda params: self._clean_again(params, conditions, noisy, exit_step, blocks.cache, number), params
+                )
+                return jax.tree.map(jnp.add, total, back(of_block)[0]), None
+
+            count = len(blocks.noisy)
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            inputs = (jnp.arange(count), blocks.noisy, _split(gradient, count))
+            return jax.lax.scan(add, zeros, inputs)[0]
+
+        return x0, pull
+
+    def _roll_out(
+        self, params: Params, conditions: Conditions, keys: Keys, exit_step: Array
+    ) -> tuple[Latents, _Blocks]:
+        model = merge(self._graphdef, params)
+        context = model.cross_keys(conditions.text)
+        shape = (self._block, *self._shape[1:])
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+        batch = len(keys)
+
+        def clean(x: Latents, i: Array, cache: KVCache, start: Array) -> tuple[Latents, KVCache]:
+            timestep = jnp.broadcast_to(timestep_from_sigma(sigmas[i]), (batch,))
+            velocity, cache = model.with_cache(x, timestep, context, cache, start)
+            return x0_from_velocity(x, velocity, _levels(sigmas[i], x)), cache
+
+        def one_block(cache: KVCache, number: Array) -> tuple[KVCache, tuple[Array, Array]]:
+            start = number * self._block
+
+            def step(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+                x0, cache = clean(carry[0], i, carry[1], start)
+                noise = jax.vmap(lambda key: step_noise(key, i, shape, number))(keys)
+                return add_noise(x0, noise, _levels(sigmas[i + 1], x0)), cache
+
+            noise = jax.vmap(lambda key: block_noise(key, number, shape))(keys)
+            noisy, cache = jax.lax.fori_loop(0, exit_step, step, (noise, cache))
+            x0, cache = clean(noisy, exit_step, cache, start)
+            timestep = jnp.full((batch,), self._context_timestep, jnp.float32)
+            _, cache = model.with_cache(x0, timestep, context, cache, start)
+            return cache, (noisy, x0)
+
+        cache = KVCache.empty(self._config, self._layout, batch, self._cache_dtype)
+        cache, (noisy, x0) = jax.lax.scan(one_block, cache, jnp.arange(self._shape[0] // self._block))
+        return _join(x0), _Blocks(noisy, cache)
+
+    def _clean_again(
+        self, params: Params, conditions: Conditions, noisy: Array, step: Array, cache: KVCache, number: Array
+    ) -> Latents:
+        """x0 of a block from the same evaluation as in the rollout."""
+        model = merge(self._graphdef, params)
+        sigma = jnp.asarray(self.sigmas, jnp.float32)[step]
+        timestep = jnp.broadcast_to(timestep_from_sigma(sigma), noisy.shape[:1])
+        context = model.cross_keys(conditions.text)
+        velocity = model.after_frames(noisy, timestep, context, cache.k, cache.v, number * self._block)
+        return x0_from_velocity(noisy, velocity, _levels(sigma, noisy))
+
+
+class NoisedVideos:
+    """A causal student predicts real videos, whose blocks have noise of different levels, in one pass (CausVid).
+
+    The steps' levels and 0 are drawn for each block; there is no rollout, and no exit step.
+
+    Args:
+        graphdef: of its WanModel.
+        shape: [f, h, w, C] of a video's latents; f is whole blocks.
+        sigmas: falling noise levels of its steps.
+        block: frames made together.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, shape: tuple[int, ...], sigmas: tuple[float, ...], *, block: int):
+        self._graphdef, self._shape, self.sigmas, self._pattern = graphdef, shape, sigmas, CausalPattern(block)
+
+    def videos(self, params: Params, batch: Batch, keys: Keys, exit_step: Array) -> Latents:
+        return self._clean(jax.lax.stop_gradient(params), batch, *self._noised(batch, keys))
+
+    def videos_and_pullback(
+        self, params: Params, batch: Batch, keys: Keys, exit_step: Array
+    ) -> tuple[Latents, Pullback]:
+        noisy, sigma = self._noised(batch, keys)
+        x0, pull = jax.vjp(lambda params: self._clean(params, batch, noisy, sigma), params)
+        return x0, lambda gradient: pull(gradient)[0]
+
+    def _noised(self, batch: Batch, keys: Keys) -> tuple[Latents, Float[Array, "b f"]]:
+        """(real videos with noise, the level of each frame)."""
+        levels = jnp.asarray((*self.sigmas, 0.0), jnp.float32)
+        frames, block = self._shape[0], self._pattern.block
+
+        def draw(key: Array) -> tuple[Array, Array]:
+            drawn = jax.random.randint(jax.random.fold_in(key, _LEVELS), (frames // block,), 0, len(levels))
+            return initial_noise(key, self._shape), jnp.repeat(levels[drawn], block)
+
+        noise, sigma = jax.vmap(draw)(keys)
+        return add_noise(batch.latents, noise, sigma), sigma
+
+    def _clean(self, params: Params, batch: Batch, noisy: Latents, sigma: Float[Array, "b f"]) -> Latents:
+        model = merge(self._graphdef, params)
+        velocity = model(noisy, timestep_from_sigma(sigma), batch.conditions.text, causal=self._pattern)
+        return x0_from_velocity(noisy, velocity, sigma)
+
+
+def _levels(sigma: Array, x: Latents) -> Array:
+    return jnp.broadcast_to(sigma, x.shape[:1])
+
+
+def _split(x: Latents, count: int) -> Array:
+    """[B, n f, ...] -> [n, B, f, ...]"""
+    return jnp.swapaxes(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 0, 1)
+
+
+def _join(x: Array) -> Latents:
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

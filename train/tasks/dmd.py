@@ -1,0 +1,123 @@
+"""Distribution matching distillation: a generator of few steps, and a critic that follows it.
+
+With config.causal empty the student makes whole videos (step distillation); with it set, block by block through its
+cache (Self-Forcing). Prompts, and for image-to-video first frames, are all the data there is.
+Sources: Yin et al., arXiv:2405.14867; Huang et al., arXiv:2506.08009; the recipes of Self-Forcing-Plus.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.data.sources import Batch, Conditions
+from train.rollouts import sample_keys, velocity_of
+from train.tasks.distillation import Distillation
+from x2v_jax.diffusion import dmd
+from x2v_jax.diffusion.flow import add_noise, velocity_target
+from x2v_jax.models.functional import Params, merge
+
+_Answer = tuple[jax.Array, Params, dict[str, jax.Array]]
+
+
+class DmdTask(Distillation):
+    """Roles: generator (the student), critic (the fake score, which begins as the teacher). The teacher is frozen.
+
+    Config, besides `Distillation`'s: dmd (fields of DmdSettings, or guidance_scale in Self-Forcing's form),
+    generator_every (critic updates to one of the generator).
+    """
+
+    roles = ("generator", "critic")
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.settings = dmd_settings(config.dmd)
+        self.critic_graph = self._graph(self.teacher.config("transformer"), config.dtype, config.remat)
+        self.teacher_graph = self._graph(self.teacher.config("transformer"), config.teacher_dtype)
+        self.frozen = {"teacher": self.load(self.teacher, config.teacher_dtype)}
+        self.variant = "self_forcing" if self.is_causal else "distill"
+
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        return {"generator": self.load(self.student, "float32"), "critic": self.load(self.teacher, "float32")}
+
+    def updates(self, step: int) -> Sequence[str]:
+        return self.roles if step % self.config.generator_every == 0 else ("critic",)
+
+    def batch(self, role: str, step: int, phase: Any) -> Any:
+        stream = 0 if self.config.share_batches else self.roles.index(role)
+        batch = self.source.batch(self.config.seed, step, phase.batch_size, stream)
+        # One step for the whole batch; drawn here, so that parts of a batch that are worked off apart agree on it.
+        rng = np.random.default_rng([self.config.seed, step, self.roles.index(role)])
+        exit_step = rng.integers(len(self.sigmas))
+        negative = np.broadcast_to(self.source.negative, batch.conditions.text.shape)
+        return {
+            "data": batch,
+            "negative": negative,
+            "exit_step": np.full(phase.batch_size, exit_step, np.int32),
+        }
+
+    def gradient(self, role: str, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
+        if role == "generator":
+            return self._generator_gradient(params, frozen, batch, key)
+        return self._critic_gradient(params, batch, key)
+
+    def _generator_gradient(self, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
+        data: Batch = batch["data"]
+        exit_step = batch["exit_step"][0]
+        rollout_keys, timestep, noise = self._draw(key, data.sample)
+        x0, pullback = self.rollout.videos_and_pullback(params["generator"], data, rollout_keys, exit_step)
+        scores = self._scores(params["critic"], frozen["teacher"], data.conditions, batch["negative"])
+        difference = dmd.score_difference(x0, noise, timestep, scores, self.settings)
+        loss = dmd.dmd_loss(x0, difference.gradient)
+        grads = pullback(difference.gradient / difference.gradient.size)
+        metrics = {"dmd_gradient": jnp.sqrt(jnp.mean(difference.gradient**2)), "x0_std": jnp.std(x0)}
+        return loss, grads, metrics | self._by_exit_step(loss, exit_step)
+
+    def _critic_gradient(self, params: dict[str, Params], batch: Any, key: jax.Array) -> _Answer:
+        data: Batch = batch["data"]
+        exit_step = batch["exit_step"][0]
+        rollout_keys, timestep, noise = self._draw(key, data.sample)
+        x0 = self.rollout.videos(params["generator"], data, rollout_keys, exit_step)
+        noisy = add_noise(x0, noise, timestep / 1000)
+
+        def loss_of(critic: Params) -> tuple[jax.Array, jax.Array]:
+            velocity = velocity_of(merge(self.critic_graph, critic), noisy, timestep, data.conditions)
+            errors = jnp.mean(jnp.square(velocity - velocity_target(x0, noise)), axis=(1, 2, 3, 4))
+            return dmd.critic_flow_loss(velocity, x0, noise), errors
+
+        (loss, errors), grads = jax.value_and_grad(loss_of, has_aux=True)(params["critic"])
+        return loss, grads, by_timestep(errors, timestep)
+
+    def _scores(self, critic: Params, teacher: Params, conditions: Conditions, negative: jax.Array) -> dmd.Scores:
+        real, fake = merge(self.teacher_graph, teacher), merge(self.critic_graph, critic)
+        without = conditions._replace(text=negative)
+
+        def score(model: Any, conditions: Conditions) -> dmd.ScoreFn:
+            return lambda noisy, timestep: velocity_of(model, noisy, timestep, conditions)
+
+        return dmd.Scores(score(real, conditions), score(fake, conditions), score(real, without), score(fake, without))
+
+    def _draw(self, key: jax.Array, sample: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(keys of the rollouts, timesteps [B] and noise of the scores), by sample."""
+        rollout, time, noise = (sample_keys(jax.random.fold_in(key, i), sample) for i in range(3))
+        timestep = jax.vmap(lambda key: dmd.sample_timestep(key, 1, self.settings)[0])(time)
+        return rollout, timestep, jax.vmap(lambda key: jax.random.normal(key, self.shape))(noise)
+
+    def _by_exit_step(self, loss: jax.Array, exit_step: jax.Array) -> dict[str, jax.Array]:
+        return {f"loss_exit_{i}": jnp.where(exit_step == i, loss, jnp.nan) for i in range(len(self.sigmas))}
+
+
+def dmd_settings(config: Any) -> dmd.DmdSettings:
+    """From a config's `dmd`. `guidance_scale` is Self-Forcing's form, cond + g (cond - uncond): 5 where ours is 6."""
+    values = {name: value for name, value in config.items() if value is not None}
+    if "guidance_scale" in values:
+        return dmd.DmdSettings.from_self_forcing(**values)
+    return dmd.DmdSettings(**values)
+
+
+def by_timestep(losses: jax.Array, timestep: jax.Array) -> dict[str, jax.Array]:
+    """The mean loss of the samples in each quarter of the timesteps, NaN where there is none. Both are [B]."""
+    quarter = jnp.clip(timestep // 250, 0, 3)
+    return {f"loss_t_{250 * i}": jnp.mean(losses, where=quarter == i) for i in range(4)}

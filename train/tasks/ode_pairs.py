@@ -1,0 +1,88 @@
+"""Writes the teacher's trajectories from noise to video, at the noise levels of a student's steps.
+
+The grid that the teacher is integrated on follows from the student: its shift, and as many steps as it takes to pass
+through every level of the student's list. (Published pairs were made with another shift than their student's.)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from train.data.sources import Conditions
+from train.data.trajectories import TrajectoryWriter
+from train.rollouts import velocity_of
+from train.tasks.distillation import Distillation
+from x2v_jax.diffusion.flow import guided_velocity, shift_sigma, timestep_from_sigma
+from x2v_jax.diffusion.noise import initial_noise
+from x2v_jax.models.functional import Params, merge
+
+
+class OdePairs(Distillation):
+    """Config, besides `Distillation`'s: output (folder), num_steps, guidance_scale, batch_size."""
+
+    def run(self) -> None:
+        """Makes what is missing in config.output; one process of many makes every n-th shard."""
+        config, source = self.config, self.source
+        grid = trajectory_grid(self.sigmas, config.student_schedule.shift, config.num_steps)
+        writer = TrajectoryWriter(
+            config.output,
+            prompts=source.prompts.prompts,
+            latent_size=self.shape,
+            sigmas=(*self.sigmas, 0.0),
+            settings={
+                "seed": config.seed,
+                "num_steps": len(grid) - 1,
+                "shift": config.student_schedule.shift,
+                "guidance_scale": config.guidance_scale,
+                "teacher": str(self.teacher.path),
+            },
+            rows_per_shard=config.batch_size,
+        )
+        params = self.load(self.teacher, config.teacher_dtype)
+        negative = source.negative
+        kept = np.array([int(np.argmin(np.abs(grid - s))) for s in (*self.sigmas, 0.0)])
+        sample = jax.jit(lambda *args: self._trajectories(grid, kept, *args))
+        pending = list(writer.pending(jax.process_index(), jax.process_count()))
+        key = jax.random.key(config.seed)
+        for shard, rows in tqdm(pending, desc="trajectories", unit="shard"):
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(np.asarray(rows))
+            writer.write(shard, np.asarray(sample(params, source.conditions(rows), negative, keys)))
+        writer.finish()
+
+    def _trajectories(
+        self, grid: np.ndarray, kept: np.ndarray, params: Params, conditions: Conditions, negative: Any, keys: Any
+    ) -> jax.Array:
+        """States [B, len(kept), f, h, w, C] at the places `kept` of the grid, by Euler's method."""
+        model = merge(self._graph(self.model_config, self.config.teacher_dtype), params)
+        both = conditions._replace(
+            text=jnp.concatenate([jnp.broadcast_to(negative, conditions.text.shape), conditions.text])
+        )
+
+        def step(x: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sigma, following = levels
+            velocity = velocity_of(model, jnp.concatenate([x, x]), timestep_from_sigma(sigma), both)
+            unconditional, conditional = jnp.split(velocity, 2)
+            velocity = guided_velocity(unconditional, conditional, self.config.guidance_scale)
+            x = x + (following - sigma) * velocity
+            return x, x
+
+        start = jax.vmap(lambda key: initial_noise(key, self.shape))(keys)
+        levels = jnp.stack([jnp.asarray(grid[:-1], jnp.float32), jnp.asarray(grid[1:], jnp.float32)], axis=1)
+        _, states = jax.lax.scan(step, start, levels)
+        states = jnp.concatenate([start[None], states])[kept]
+        return jnp.moveaxis(states, 0, 1)
+
+
+def trajectory_grid(sigmas: tuple[float, ...], shift: float, num_steps: int) -> np.ndarray:
+    """Noise levels from 1 to 0, float64 [num_steps + 1] with the given shift, on which every one of `sigmas` lies.
+
+    The level nearest to each of them is moved there; for the published lists, which are warped by the same shift, and
+    multiples of four steps, nothing moves.
+    """
+    grid = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1), shift)
+    for sigma in sigmas:
+        grid[np.argmin(np.abs(grid - sigma))] = sigma
+    return grid
