@@ -9,17 +9,14 @@ A JSON file and a contact sheet (PNG) go to --out. Takes a few minutes on two CP
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import pathlib
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from x2v_jax import __version__
+from benchmarks.circumstances import circumstances
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request, resolve
 
@@ -56,6 +53,8 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     Returns:
         the JSON report, and the contact sheet as PNG (None without a request).
     """
+    import numpy as np
+
     from benchmarks.shapes_data import real_videos
     from benchmarks.shapes_examine import examine
     from benchmarks.shapes_frechet import diversity, frechet_distance, largest_differences
@@ -75,17 +74,30 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     reference = look("real videos", map(to_uint8, real_videos(prompts, args.seed + 1)))
     real = look("more real videos", map(to_uint8, real_videos(prompts, args.seed)))
     sets = {}
-    report: dict[str, Any] = {**_circumstances(args), "reference": reference.summary()}
+    report: dict[str, Any] = {
+        **circumstances("benchmarks.shapes_quality", args.given),
+        "reference": reference.summary(),
+    }
     sheet = None
     if checkpoint is not None:
         report["checkpoint"] = _fingerprint(checkpoint)
         model = ShapesModel(checkpoint, args.dtype, ("vae",) if request is None else ShapesModel.COMPONENTS)
         if request is not None:
             texts = [prompt.text for prompt in prompts]
-            sets["generated"] = made = look("sampling", model.generate(texts, request, args.batch), keep=True)
+            frames = None
+            if checkpoint.task == "i2v":
+                # Scenes of their own: neither those that are compared with nor the reference's.
+                frames = np.concatenate([to_uint8(batch[:, 0]) for batch in real_videos(prompts, args.seed + 2)])
+            generated = model.generate(texts, request, args.batch, frames)
+            sets["generated"] = made = look("sampling", generated, keep=True)
+            if frames is not None:
+                report["first_frame_psnr"] = first_frame_psnr(made.videos, frames)
             sheet = _sheet(made, texts)
-            report["request"] = {k: v for k, v in vars(request).items() if k not in ("prompt", "image")}
-            report["seconds"] = _seconds(made)
+            report["request"] = {
+                k: v for k, v in vars(request).items() if k not in ("prompt", "image") and v is not None
+            }
+            report["seconds"] = _seconds(made) | model.seconds_per_video()
+            report["network_calls"] = network_calls(request, checkpoint.schedule)
             report["videos"] = [{"prompt": t, "seed": args.seed + i} | made.row(i) for i, t in enumerate(texts)]
             report["largest_differences"] = dict(largest_differences(made.features, reference.features))
         again = (part for batch in real_videos(prompts, args.seed) for part in model.reconstruct(batch, args.batch))
@@ -100,9 +112,36 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     print(table(report["results"]))
     print("Fréchet: to other real videos of the same prompts; the row 'real' is its floor at this number of videos.")
     print("spread among videos of one meaning: " + ", ".join(f"{k} {v:.2f}" for k, v in report["diversity"].items()))
+    if "first_frame_psnr" in report:
+        psnr = report["first_frame_psnr"]
+        print(f"first frame against the given one: {psnr['mean']:.1f} dB on average, {psnr['lowest']:.1f} at worst")
+    if "seconds" in report:
+        apart = report["seconds"]
+        print(
+            f"{report['network_calls']}; a video takes {apart['denoise']:.3f} s of denoising and "
+            f"{apart['decode']:.3f} s of decoding, in batches of {args.batch}"
+        )
     if "largest_differences" in report:
         print("farthest from real in " + ", ".join(f"{k} ({v:.2f})" for k, v in report["largest_differences"].items()))
     return plain(report), sheet
+
+
+def first_frame_psnr(videos: Any, frames: Any) -> dict[str, float]:
+    """Decibels between the first frames of videos uint8 [N, F, H, W, 3] and the given ones [N, H, W, 3]."""
+    import numpy as np
+
+    error = np.square(np.asarray([video[0] for video in videos], np.float64) - frames)
+    values = 10 * np.log10(255.0**2 / np.maximum(error.mean(axis=(1, 2, 3)), 1e-9))
+    return {"mean": float(values.mean()), "lowest": float(values.min())}
+
+
+def network_calls(request: Request, schedule: Any) -> str:
+    """How often the transformer is evaluated for a video, in words."""
+    steps = request.num_inference_steps or 0
+    if schedule.causal is not None:
+        clean = " + 1" if schedule.causal.context_timestep is not None else ""
+        return f"{steps}{clean} network calls a block"
+    return f"{steps * (2 if request.is_guided else 1)} network calls a video"
 
 
 def _sheet(made: "Examined", texts: Sequence[str]) -> bytes:
@@ -117,23 +156,6 @@ def _sheet(made: "Examined", texts: Sequence[str]) -> bytes:
     )
 
 
-def _circumstances(args: Any) -> dict[str, Any]:
-    import jax
-    import numpy as np
-
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.shapes_quality", *args.given]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "versions": {
-            "x2v-jax": __version__,
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.shapes_quality",
@@ -146,6 +168,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="number of unseen prompts (default 200)")
     parser.add_argument("--steps", type=int, help="UniPC steps; default: the checkpoint's schedule")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none; default: the checkpoint's schedule")
+    parser.add_argument("--step-list", type=_steps, help="timesteps of a few-step sampler, such as 1000,750,500,250")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and real videos; video i has seed + i")
     parser.add_argument("--batch", type=int, default=20, help="videos sampled together (default 20)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and matmuls")
@@ -160,6 +183,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.given = list(sys.argv[1:] if argv is None else argv)
     return args
+
+
+def _steps(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _check(args: Any) -> None:
@@ -180,7 +207,17 @@ def _open(args: Any) -> Any:
 
 
 def _request(args: Any, checkpoint: Any) -> Request:
-    asked = Request(prompt="-", seed=args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance)
+    import numpy as np
+
+    asked = Request(
+        prompt="-",
+        seed=args.seed,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        denoising_step_list=args.step_list,
+        # Only its size counts here: each video has an image of its own.
+        image=np.zeros((64, 64, 3), np.uint8) if checkpoint.task == "i2v" else None,
+    )
     return resolve(asked, checkpoint, allow_mismatch=args.allow_mismatch)
 
 

@@ -4,6 +4,7 @@ The Pipeline makes one video a request, which leaves a device idle at this size.
 Pipeline draws for seed `seed + i`, so that any video of a measurement can be made again alone.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.data.shapes_source import FirstFrameConditions, encode_frames
+from train.data.sources import Batch, Conditions
+from train.rollouts import BlockByBlock, velocity_of
 from x2v_jax.diffusion import step_distill, unipc
 from x2v_jax.diffusion.flow import guided_velocity
 from x2v_jax.diffusion.noise import initial_noise, step_noise
-from x2v_jax.models.config import Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.clip import ClipVisionTower
+from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, abstract, merge
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
@@ -28,6 +33,7 @@ _KINDS = {
     "transformer": (WanModel, WanConfig),
     "text_encoder": (Umt5Encoder, Umt5Config),
     "vae": (WanVae, VaeConfig),
+    "image_encoder": (ClipVisionTower, ClipConfig),
 }
 
 
@@ -40,12 +46,13 @@ class ShapesModel:
         only: load no other components than these.
     """
 
-    COMPONENTS = tuple(_KINDS)
+    COMPONENTS = ("transformer", "text_encoder", "vae")
 
     def __init__(self, checkpoint: Any, dtype: str = "float32", only: Sequence[str] = COMPONENTS):
         self.checkpoint = checkpoint
         self._params: dict[str, Params] = {}
         self._graphs: dict[str, nnx.GraphDef] = {}
+        self._seconds: list[tuple[float, float, int]] = []  # denoising, decoding, videos
         for name in only:
             component_dtype = "float32" if name == "vae" else dtype
             self._params[name] = checkpoint.load(name, component_dtype)
@@ -54,23 +61,48 @@ class ShapesModel:
         self._decode = jax.jit(lambda params, latents: self._merge("vae", params).decode(latents))
         self._reconstruct = jax.jit(self._reconstruct_fn)
 
-    def generate(self, prompts: Sequence[str], request: Request, batch_size: int) -> Iterator[np.ndarray]:
+    def params(self, name: str) -> Params:
+        return self._params[name]
+
+    def graph(self, name: str) -> nnx.GraphDef:
+        return self._graphs[name]
+
+    def config(self, name: str) -> Any:
+        return as_config(_KINDS[name][1], self.checkpoint.config(name))
+
+    def generate(
+        self, prompts: Sequence[str], request: Request, batch_size: int, frames: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
         """Videos of the prompts, a batch at a time: uint8 [up to batch_size, F, H, W, 3].
 
         Args:
             prompts: one a video.
             request: resolved. Its prompt is not used; video i has the seed `request.seed + i`.
             batch_size: videos that are sampled together. The last batch is filled up, so that one program serves all.
+            frames: first frames uint8 [N, H, W, 3], image-to-video only.
         """
         assert request.seed is not None and request.negative_prompt is not None  # resolved
-        texts = self.encode_text([*prompts, request.negative_prompt])
-        sample = jax.jit(make_sampler(self._graphs["transformer"], latent_shape(request, self.checkpoint), request))
+        texts = np.asarray(self.encode_text([*prompts, request.negative_prompt]))
+        images = None if frames is None else first_frame_conditions(self.checkpoint, frames)
+        sample = jax.jit(self._sampler(request))
         for rows in _batches(len(prompts), batch_size):
             seeds = (request.seed + rows) % 2**32
             keys = jax.vmap(jax.random.key)(jnp.asarray(seeds.astype(np.uint32)))
-            latents = sample(self._params["transformer"], keys, texts[rows], texts[-1])
+            given = Conditions(texts[rows])
+            if images is not None:
+                given = Conditions(texts[rows], images.conditions(rows), images.features(rows))
+            begin = time.perf_counter()
+            latents = jax.block_until_ready(sample(self._params["transformer"], keys, given, texts[-1]))
+            middle = time.perf_counter()
             videos = np.asarray(to_uint8(self._decode(self._params["vae"], latents)))
+            self._seconds.append((middle - begin, time.perf_counter() - middle, len(rows)))
             yield videos[: len(prompts) - rows[0]]
+
+    def seconds_per_video(self) -> dict[str, float]:
+        """Of "denoise" and "decode", the median over batches; the first one, which compiles, counts only if alone."""
+        timed = self._seconds[1:] or self._seconds
+        denoise, decode = (float(np.median([t[i] / t[2] for t in timed])) for i in (0, 1))
+        return {"denoise": denoise, "decode": decode}
 
     def encode_text(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> float32 [N, text_len, text_dim], zero past each prompt's end."""
@@ -84,6 +116,37 @@ class ShapesModel:
             again = np.asarray(to_uint8(self._reconstruct(self._params["vae"], videos[rows])))
             yield again[: len(videos) - rows[0]]
 
+    def _sampler(self, request: Request) -> Any:
+        graph, schedule = self.graph("transformer"), self.checkpoint.schedule
+        if schedule.causal is None:
+            return make_sampler(graph, latent_shape(request, self.checkpoint), request)
+        assert request.denoising_step_list and request.shift and request.num_frames  # resolved
+        config, causal = self.config("transformer"), schedule.causal
+        vae = self.config("vae")
+        shape = (
+            (request.num_frames - 1) // vae.temporal_stride + 1,
+            schedule.height // vae.spatial_stride,
+            schedule.width // vae.spatial_stride,
+            vae.z_dim,
+        )
+        sigmas = step_distill.step_sigmas(
+            request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step)
+        )
+        rollout = BlockByBlock(
+            graph,
+            config,
+            shape,
+            tuple(map(float, sigmas)),
+            block=causal.block,
+            context_timestep=causal.context_timestep or 0.0,
+        )
+
+        def sample(params: Params, keys: jax.Array, conditions: Conditions, negative: jax.Array) -> jax.Array:
+            batch = Batch(conditions, jnp.arange(len(keys)))
+            return rollout.videos(params, batch, keys, jnp.int32(len(sigmas) - 1))
+
+        return sample
+
     def _reconstruct_fn(self, params: Params, videos: jax.Array) -> jax.Array:
         vae = self._merge("vae", params)
         return vae.decode(vae.encode(videos))
@@ -92,26 +155,32 @@ class ShapesModel:
         return merge(self._graphs[name], params)
 
 
+def first_frame_conditions(checkpoint: Any, frames: np.ndarray) -> FirstFrameConditions:
+    """What an image-to-video model of the tiny world is given of first frames uint8 [N, H, W, 3]."""
+    return FirstFrameConditions(checkpoint.path, encode_frames(checkpoint, frames), checkpoint)
+
+
 def make_sampler(graphdef: nnx.GraphDef, shape: tuple[int, ...], request: Request) -> Any:
-    """The request's sampler as a pure function (params, keys [B], text [B, L, D], negative text [L, D]) -> latents.
+    """The request's sampler as a pure function (params, keys [B], conditions, negative text [L, D]) -> latents.
 
     Args:
-        graphdef: of a WanModel for text-to-video.
+        graphdef: of a WanModel.
         shape: [f, h, w, C] of one video's latents.
         request: resolved; says steps, shift and guidance.
     """
     guidance, shift, steps = request.guidance_scale, request.shift, request.num_inference_steps
     assert guidance is not None and shift is not None and steps is not None  # resolved
 
-    def sample(params: Params, keys: jax.Array, text: jax.Array, negative: jax.Array) -> jax.Array:
+    def sample(params: Params, keys: jax.Array, conditions: Conditions, negative: jax.Array) -> jax.Array:
         model = merge(graphdef, params)
         if request.is_guided:
-            text = jnp.concatenate([jnp.broadcast_to(negative, text.shape), text])
+            without = conditions._replace(text=jnp.broadcast_to(negative, conditions.text.shape))
+            conditions = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), without, conditions)
 
         def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
             if request.is_guided:
                 latents = jnp.concatenate([latents, latents])
-            answer = model(latents, jnp.full(latents.shape[:1], timestep, jnp.float32), text)
+            answer = velocity_of(model, latents, timestep, conditions)
             if not request.is_guided:
                 return answer
             unconditional, conditional = jnp.split(answer, 2)

@@ -27,6 +27,7 @@ def distillation_config(task: str, run_dir: str) -> ConfigDict:
                 "shift": 5.0,
                 "warp_denoising_step": True,
             },
+            "lora": {},  # rank, alpha, targets: train pairs beside the student's frozen weights; empty for all weights
             "causal": {},  # block, context_timestep, mode; empty for a student that makes whole videos
             "data": {"prompts": "", "images": "", "latents": "", "count": 0, "seed": 0},
             "size": {"height": 480, "width": 832, "num_frames": 81},
@@ -49,6 +50,8 @@ def dmd_config(run_dir: str, *, guidance_scale: float = 6.0) -> ConfigDict:
         }
     )
     config.generator_every = 5
+    # In a phase with a continuation_share a causal student also goes on from the ends of trajectories of ode_pairs.
+    config.continuation = ConfigDict({"max_blocks": 2, "pairs": ""})
     config.share_batches = False  # whether critic and generator learn from the same rows, as CausVid has it
     return config
 

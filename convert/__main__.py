@@ -1,4 +1,4 @@
-"""python -m convert wan|inspect|export: parse, call, report. The work is in x2v_jax.checkpoint."""
+"""python -m convert wan|inspect|export|extract-lora: parse, call, report. The work is in x2v_jax.checkpoint."""
 
 import json
 import signal
@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
             from x2v_jax.checkpoint.convert import convert
 
             _run(lambda progress: convert(args.source, args.destination, options(args), progress), args.destination)
+        elif args.command == "extract-lora":
+            from convert.extract import extract_lora
+
+            extract_lora(args)
         else:
             from x2v_jax.checkpoint.export import export
 

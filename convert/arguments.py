@@ -15,6 +15,7 @@ VARIANTS = ("base", "distill", "causvid", "self_forcing")
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 LAYOUTS = ("wan", "lightx2v", "diffusers")
+LORA_DIALECTS = ("lightx2v", "comfyui", "diffusers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     export.add_argument("checkpoint", metavar="CKPT")
     export.add_argument("destination", metavar="DST")
     export.add_argument("--layout", required=True, choices=LAYOUTS)
+    _add_extract_lora(commands)
     return parser.parse_args(arguments)
 
 
@@ -60,6 +62,27 @@ def _add_wan(commands: Any) -> None:
     wan.add_argument("--set", action="append", metavar=form, default=[], help="a size that no file tells (repeatable)")
     wan.add_argument("--allow-nonfinite", action="store_true", help="keep NaN and infinity in the weights")
     wan.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint at DST")
+
+
+def _add_extract_lora(commands: Any) -> None:
+    extract = commands.add_parser(
+        "extract-lora",
+        help="write the difference of two converted checkpoints as a LoRA",
+        description="Cuts the difference of two transformers to a rank by its singular values, layer by layer.",
+    )
+    extract.add_argument("base", metavar="BASE", help="converted checkpoint")
+    extract.add_argument("distilled", metavar="DISTILLED", help="converted checkpoint of what was trained from it")
+    extract.add_argument("destination", metavar="DST.safetensors")
+    extract.add_argument("--rank", type=_rank, default=64, metavar="N", help="of each pair (64)")
+    extract.add_argument("--dialect", choices=LORA_DIALECTS, default="lightx2v", help="who is to read it")
+    extract.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="type of the file's numbers")
+    extract.add_argument("--report", metavar="FILE.json", help="write what was kept of every layer")
+
+
+def _rank(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def options(args: argparse.Namespace) -> "Options":

@@ -14,6 +14,7 @@ _USAGE = """usage: python -m train --config=configs/shapes/base.py [--config.KEY
 Trains in config.run_dir, and goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first (exit code 3)."""
 _OPTIONS = {
     "export": Option("write the averaged weights of the newest checkpoint as a native checkpoint, and end", "DIR"),
+    "dry_run": Option("print the resolved config, parameter counts and memory of a distillation, and end"),
 }
 _STOPPED = 3
 _TASKS = {
@@ -40,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         task = make_task(command.config)
+        if command.options.get("dry_run"):
+            print(_dry_run(command.config, task))
+            return 0
         if hasattr(task, "run"):  # makes data, trains nothing
             task.run()
             print(f"wrote {command.config.output}")
@@ -60,6 +64,15 @@ def main(argv: Sequence[str]) -> int:
     task.export(state.ema, default, overwrite=True)
     print(f"wrote {default}")
     return 0
+
+
+def _dry_run(config: Any, task: Any) -> str:
+    from train.dry_run import describe
+    from train.tasks.distillation import Distillation
+
+    if not isinstance(task, Distillation) or not config.get("phases"):
+        raise UserError(f"--dry_run describes distillations; config.task is {config.task!r}")
+    return describe(config, task)
 
 
 def make_task(config: Any) -> Any:

@@ -112,7 +112,7 @@ def load_ema(config: Any, task: Task) -> Params:
     if not pathlib.Path(config.run_dir, "checkpoints").is_dir():
         raise UserError(f"run_dir {config.run_dir} holds no checkpoints; train first, or name another --config.run_dir")
     checkpoints = Checkpoints(pathlib.Path(config.run_dir))
-    optimizers = {role: _optimizer(config, role, config.phases[0]) for role in task.roles}
+    optimizers = {role: optimizer_of(config, role, config.phases[0]) for role in task.roles}
     state = init_state(task.init(jax.random.key(config.seed)), optimizers, task.averaged)
     try:
         restored = checkpoints.restore_latest(state)
@@ -136,7 +136,7 @@ class _Run:
         self.checkpoints = Checkpoints(self.directory)
         self.log = Log(self.directory)
         self.stop = _StopFlag()
-        self.frozen = place_tree(task.frozen, self.mesh)
+        self.frozen: Any = None
         self.root = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     def close(self) -> None:
@@ -147,6 +147,7 @@ class _Run:
 
     def all_phases(self) -> TrainState:
         state = self._first_state()
+        self.frozen = place_tree(self.task.frozen, self.mesh)
         begin = 0
         for phase in self.config.phases:
             end = begin + phase.steps
@@ -161,7 +162,7 @@ class _Run:
         params = self.task.init(jax.random.key(self.config.seed))
         counts = ", ".join(f"{name} {parameter_count(tree):,}" for name, tree in params.items())
         print(f"parameters: {counts}; run directory {self.directory}")
-        optimizers = {role: _optimizer(self.config, role, self.config.phases[0]) for role in self.task.roles}
+        optimizers = {role: optimizer_of(self.config, role, self.config.phases[0]) for role in self.task.roles}
         state = place_tree(init_state(params, optimizers, self.task.averaged), self.mesh)
         restored = self.checkpoints.restore_latest(state)
         if restored is None:
@@ -173,7 +174,7 @@ class _Run:
     def _start_phase(self, state: TrainState, phase: Any) -> TrainState:
         # A phase starts its optimizers afresh: moments of the phase before do not fit weights that come alive.
         params = {name: self.task.start_phase(tree, phase) for name, tree in state.params.items()}
-        optimizers = {role: _optimizer(self.config, role, phase) for role in self.task.roles}
+        optimizers = {role: optimizer_of(self.config, role, phase) for role in self.task.roles}
         fresh = init_state(params, optimizers, self.task.averaged)
         fresh = fresh._replace(
             step=state.step, ema=self.task.start_phase(state.ema, phase), skipped_total=state.skipped_total
@@ -226,7 +227,7 @@ class _Run:
         return make_update(
             role,
             gradient,
-            _optimizer(config, role, phase),
+            optimizer_of(config, role, phase),
             averaging,
             accumulate=config.accumulate,
             max_norm=config.max_grad_norm,
@@ -250,7 +251,8 @@ def _mean(values: list[Any]) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
-def _optimizer(config: Any, role: str, phase: Any) -> Any:
+def optimizer_of(config: Any, role: str, phase: Any) -> Any:
+    """A role's optimizer in a phase. The phase's entry of the role's name replaces its other settings."""
     # The schedule counts from the start of the phase: the optimizer's own step count is reset there.
     settings = {**phase.to_dict(), **phase.to_dict().get(role, {})}
     # A role that learns in every n-th step goes through its schedule in a n-th of the steps.

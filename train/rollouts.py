@@ -100,26 +100,32 @@ class WholeVideo:
         return x0_from_velocity(x, velocity, _levels(sigma, x))
 
 
-class _Blocks(NamedTuple):
-    """What the exit step of each block was given [n, B, f, h, w, C], and the cache after the last one."""
+class _Tape(NamedTuple):
+    """What a rollout leaves for its gradient, by block; given blocks come first and have no `noisy`.
+
+    noisy: what the exit step was given, [new blocks, B, f, h, w, C]. keys, values: as the block left them in the cache,
+    [blocks, layers, B, rows, H, D].
+    """
 
     noisy: Array
-    cache: KVCache
+    keys: Array
+    values: Array
 
 
 class BlockByBlock:
     """A causal student with its cache, as at inference: a block is denoised, then shown again clean.
 
-    A gradient is taken in two passes. The first rolls out and keeps the input of each block's exit step; the second
-    evaluates those steps again, one block at a time, against the finished cache, in which a block looks at no more than
-    the rows before it. So the memory is that of one block, and no history of the cache is kept.
+    A gradient is taken in two passes. The first rolls out and keeps the input of each block's exit step and what the
+    block left in the cache; the second evaluates those steps again, one block at a time, against what the blocks before
+    left. So activations are those of one block, and no history of the cache is kept.
 
     Args:
         graphdef: of its WanModel, text-to-video.
         config: of the same.
-        shape: [f, h, w, C] of a video's latents; f is whole blocks.
+        shape: [f, h, w, C] of the latents that are made; f is whole blocks.
         sigmas: falling noise levels of its steps.
         block: frames made together.
+        window: frames that a block sees, itself included, in whole blocks; None for f.
         context_timestep: at which a finished block is shown again.
         cache_dtype: of keys and values.
     """
@@ -132,55 +138,67 @@ class BlockByBlock:
         sigmas: tuple[float, ...],
         *,
         block: int,
+        window: int | None = None,
         context_timestep: float = 0.0,
         cache_dtype: Any = jnp.float32,
     ):
         self._graphdef, self._config, self._shape, self.sigmas = graphdef, config, shape, sigmas
         self._block, self._context_timestep, self._cache_dtype = block, context_timestep, cache_dtype
         tokens = (shape[1] // config.patch_size[1]) * (shape[2] // config.patch_size[2])
-        self._layout = CacheLayout(shape[0], tokens)
+        self._window = window or shape[0]
+        if shape[0] % block or self._window % block:
+            raise ValueError(f"{shape[0]} frames and a window of {self._window} are not whole blocks of {block}")
+        self._layout = CacheLayout(self._window, tokens)
+        self._rows = block * tokens
 
     def videos(self, params: Params, batch: Batch, keys: Keys, exit_step: Array) -> Latents:
-        return self._roll_out(jax.lax.stop_gradient(params), batch.conditions, keys, exit_step)[0]
+        """The new frames [B, f, h, w, C]; batch.given are frames before them, which they go on from."""
+        return self._roll_out(jax.lax.stop_gradient(params), batch, keys, exit_step)[0]
 
     def videos_and_pullback(
         self, params: Params, batch: Batch, keys: Keys, exit_step: Array
     ) -> tuple[Latents, Pullback]:
-        conditions = batch.conditions
-        x0, blocks = self._roll_out(jax.lax.stop_gradient(params), conditions, keys, exit_step)
-        blocks = jax.lax.stop_gradient(blocks)
+        x0, tape = self._roll_out(jax.lax.stop_gradient(params), batch, keys, exit_step)
+        tape = jax.lax.stop_gradient(tape)
 
         def pull(gradient: Latents) -> Params:
             def add(total: Params, inputs: tuple[Array, Array, Array]) -> tuple[Params, None]:
                 number, noisy, of_block = inputs
-                _, back = jax.vjp(
-                    lambda params: self._clean_again(params, conditions, noisy, exit_step, blocks.cache, number), params
-                )
-                return jax.tree.map(jnp.add, total, back(of_block)[0]), None
 
-            count = len(blocks.noisy)
+                def again(params: Params) -> Latents:
+                    return self._clean_again(params, batch.conditions, noisy, exit_step, tape, number)
+
+                return jax.tree.map(jnp.add, total, jax.vjp(again, params)[1](of_block)[0]), None
+
+            made, count = len(tape.noisy), len(tape.keys)
             zeros = jax.tree.map(jnp.zeros_like, params)
-            inputs = (jnp.arange(count), blocks.noisy, _split(gradient, count))
+            inputs = (jnp.arange(count - made, count), tape.noisy, _split(gradient, made))
             return jax.lax.scan(add, zeros, inputs)[0]
 
         return x0, pull
 
-    def _roll_out(
-        self, params: Params, conditions: Conditions, keys: Keys, exit_step: Array
-    ) -> tuple[Latents, _Blocks]:
+    def _roll_out(self, params: Params, batch: Batch, keys: Keys, exit_step: Array) -> tuple[Latents, _Tape]:
         model = merge(self._graphdef, params)
-        context = model.cross_keys(conditions.text)
+        context = model.cross_keys(batch.conditions.text)
         shape = (self._block, *self._shape[1:])
         sigmas = jnp.asarray(self.sigmas, jnp.float32)
-        batch = len(keys)
+        count = len(keys)
 
         def clean(x: Latents, i: Array, cache: KVCache, start: Array) -> tuple[Latents, KVCache]:
-            timestep = jnp.broadcast_to(timestep_from_sigma(sigmas[i]), (batch,))
+            timestep = jnp.broadcast_to(timestep_from_sigma(sigmas[i]), (count,))
             velocity, cache = model.with_cache(x, timestep, context, cache, start)
             return x0_from_velocity(x, velocity, _levels(sigmas[i], x)), cache
 
-        def one_block(cache: KVCache, number: Array) -> tuple[KVCache, tuple[Array, Array]]:
-            start = number * self._block
+        def show(x0: Latents, cache: KVCache, start: Array, timestep: float) -> tuple[KVCache, tuple[Array, Array]]:
+            _, cache = model.with_cache(x0, jnp.full((count,), timestep, jnp.float32), context, cache, start)
+            row = self._layout.slot(start) * (self._rows // self._block)
+            return cache, (self._block_rows(cache.k, row), self._block_rows(cache.v, row))
+
+        def given_block(cache: KVCache, inputs: tuple[Array, Array]) -> tuple[KVCache, tuple[Array, Array]]:
+            return show(inputs[1], cache, inputs[0] * self._block, 0.0)
+
+        def new_block(cache: KVCache, number: Array) -> tuple[KVCache, tuple[Array, Array, Array, Array]]:
+            start = (given + number) * self._block
 
             def step(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
                 x0, cache = clean(carry[0], i, carry[1], start)
@@ -190,24 +208,46 @@ class BlockByBlock:
             noise = jax.vmap(lambda key: block_noise(key, number, shape))(keys)
             noisy, cache = jax.lax.fori_loop(0, exit_step, step, (noise, cache))
             x0, cache = clean(noisy, exit_step, cache, start)
-            timestep = jnp.full((batch,), self._context_timestep, jnp.float32)
-            _, cache = model.with_cache(x0, timestep, context, cache, start)
-            return cache, (noisy, x0)
+            cache, (k, v) = show(x0, cache, start, self._context_timestep)
+            return cache, (noisy, x0, k, v)
 
-        cache = KVCache.empty(self._config, self._layout, batch, self._cache_dtype)
-        cache, (noisy, x0) = jax.lax.scan(one_block, cache, jnp.arange(self._shape[0] // self._block))
-        return _join(x0), _Blocks(noisy, cache)
+        cache = KVCache.empty(self._config, self._layout, count, self._cache_dtype)
+        given, before = 0, []
+        if batch.given is not None:
+            given = batch.given.shape[1] // self._block
+            blocks = (jnp.arange(given), _split(batch.given, given))
+            cache, kept = jax.lax.scan(given_block, cache, blocks)
+            before = [kept]
+        cache, (noisy, x0, k, v) = jax.lax.scan(new_block, cache, jnp.arange(self._shape[0] // self._block))
+        keys_, values = (jnp.concatenate(parts) for parts in zip(*before, (k, v), strict=True))
+        return _join(x0), _Tape(noisy, keys_, values)
+
+    def _block_rows(self, x: Any, row: Array) -> Array:
+        """The rows of a block, which lie together because the window is whole blocks."""
+        return jax.lax.dynamic_slice_in_dim(x, row, self._rows, axis=2)
 
     def _clean_again(
-        self, params: Params, conditions: Conditions, noisy: Array, step: Array, cache: KVCache, number: Array
+        self, params: Params, conditions: Conditions, noisy: Array, step: Array, tape: _Tape, number: Array
     ) -> Latents:
         """x0 of a block from the same evaluation as in the rollout."""
         model = merge(self._graphdef, params)
         sigma = jnp.asarray(self.sigmas, jnp.float32)[step]
         timestep = jnp.broadcast_to(timestep_from_sigma(sigma), noisy.shape[:1])
         context = model.cross_keys(conditions.text)
-        velocity = model.after_frames(noisy, timestep, context, cache.k, cache.v, number * self._block)
+        most = self._window // self._block - 1
+        first = jnp.maximum(number - most, 0)
+        keys, values = (self._visible(x, first, most) for x in (tape.keys, tape.values))
+        velocity = model.after_frames(
+            noisy, timestep, context, keys, values, number * self._block, (number - first) * self._rows
+        )
         return x0_from_velocity(noisy, velocity, _levels(sigma, noisy))
+
+    def _visible(self, tape: Array, first: Array, count: int) -> Array:
+        """Blocks first, …, first + count - 1 of the tape in one row, and room for one more: [layers, B, rows, H, D]."""
+        room = jnp.zeros((count + 1, *tape.shape[1:]), tape.dtype)
+        blocks = jax.lax.dynamic_slice_in_dim(jnp.concatenate([tape, room]), first, count + 1)
+        blocks = jnp.moveaxis(blocks, 0, 2)
+        return blocks.reshape(*blocks.shape[:2], -1, *blocks.shape[4:])
 
 
 class NoisedVideos:

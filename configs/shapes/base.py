@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict({"dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 6, "freq_dim": 128})
     config.text_encoder = ConfigDict({"dim": 64, "dim_attn": 64, "dim_ffn": 128, "num_heads": 4, "num_layers": 2})
     config.dtype = "float32"  # on CPU 16 bits are no faster at this size
+    config.share_vae = False  # whether the export names config.vae instead of holding it
+    config.export_dtype = "float32"
     config.init_from = ""  # a native checkpoint to start from, such as assets/shapes
     config.num_videos = 4096
     config.caption_dropout = 0.1

@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config.run_dir = "runs/shapes_i2v_base"
     config.init_from = "assets/shapes"
     config.vae = "assets/shapes"
+    config.share_vae = True
+    config.export_dtype = "bfloat16"
     config.model.update({"model_type": "i2v", "in_dim": 36, "clip_dim": 64})
     config.image_encoder = ConfigDict(
         {"image_size": 64, "patch_size": 16, "dim": 64, "num_heads": 4, "num_layers": 3, "out_dim": 32}

@@ -12,17 +12,20 @@ def get_config() -> ConfigDict:
     config.dmd.update({"real_guidance_scale": 2.0, "timestep_shift": 3.0})
     config.causal = ConfigDict({"block": 3, "context_timestep": 0.0, "mode": "sliding"})
     config.log_every, config.eval_every, config.save_every = 30, 150, 150
+    config.continuation.pairs = "runs/shapes_ode_pairs/trajectories"
+    settings = {"batch_size": 16, "generator": {"every": 3}, "critic": {"learning_rate": 2e-4}}
     config.phases = (
+        phase("self-forcing", steps=450, learning_rate=1e-4, warmup=10, **settings),
+        # Half of the steps go on from given blocks, so that the student holds out when its window slides.
         phase(
-            "self-forcing",
-            steps=1200,
-            batch_size=16,
+            "continuation",
+            steps=600,
             learning_rate=1e-4,
             warmup=10,
-            decay_share=0.3,
+            decay_share=0.4,
             final_scale=0.1,
-            generator={"every": 3},
-            critic={"learning_rate": 2e-4},
+            continuation_share=0.6,
+            **settings,
         ),
     )
     return config

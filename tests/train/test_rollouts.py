@@ -96,42 +96,58 @@ def test_the_gradient_of_a_whole_video_is_that_of_its_last_evaluation(batch: Bat
     leaves_close(pull(params), expected, 1e-5)
 
 
-def causal_rollout(graph: Any) -> BlockByBlock:
-    return BlockByBlock(graph, CONFIG, SHAPE, SIGMAS, block=2)
+def causal_rollout(graph: Any, window: int | None = None) -> BlockByBlock:
+    return BlockByBlock(graph, CONFIG, SHAPE, SIGMAS, block=2, window=window)
 
 
-def test_blocks_are_those_of_inference(batch: Batch):
+@pytest.mark.parametrize("given", [0, 2])
+def test_blocks_are_those_of_inference(batch: Batch, given: int):
     graph, params = model_params()
-    plan = RolloutPlan(SIGMAS, block=2, window=4, mode="full")
+    plan = RolloutPlan(SIGMAS, block=2, window=4, mode="sliding")
+    before = jax.random.normal(jax.random.key(9), (BATCH, 2 * given, *SHAPE[1:])) if given else None
     inference = Rollout(graph, CONFIG, plan, SHAPE[1:3], batch=BATCH, cache_dtype=jnp.float32)
 
     def noise(block: int, shape: Any) -> Any:
-        return jax.vmap(lambda key: block_noise(key, block, shape[1:]))(keys())
+        return jax.vmap(lambda key: block_noise(key, block - given, shape[1:]))(keys())
 
     def renoise(block: int, steps: int, shape: Any) -> Any:
         return jnp.stack(
-            [jax.vmap(lambda key, i=i: step_noise(key, i, shape[1:], block))(keys()) for i in range(steps - 1)]
+            [jax.vmap(lambda key, i=i: step_noise(key, i, shape[1:], block - given))(keys()) for i in range(steps - 1)]
         )
 
     context = inference.prepare(params, batch.conditions.text)
-    expected = jnp.concatenate(list(inference.stream(params, context, noise, renoise, SHAPE[0])), axis=1)
-    x0 = jax.jit(causal_rollout(graph).videos)(params, batch, keys(), jnp.int32(2))
+    frames = SHAPE[0] + 2 * given
+    blocks = inference.stream(params, context, noise, renoise, frames, given=before)
+    expected = jnp.concatenate(list(blocks), axis=1)
+    x0 = jax.jit(causal_rollout(graph).videos)(params, batch._replace(given=before), keys(), jnp.int32(2))
     np.testing.assert_allclose(x0, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "block"])
-def test_the_gradient_block_by_block_is_that_of_plain_autodiff_with_a_detached_cache(batch: Batch, remat: str):
+@pytest.mark.parametrize(
+    ("remat", "given", "window"),
+    [("none", 0, 4), ("attention", 0, 4), ("block", 0, 4), ("none", 1, 4), ("block", 2, 4)],
+)
+def test_the_gradient_block_by_block_is_that_of_plain_autodiff_with_a_detached_cache(
+    batch: Batch, remat: str, given: int, window: int
+):
+    """With given blocks the last block no longer sees the first ones: the cache is a ring of the window's length."""
     graph, params = model_params(remat=remat)
+    before = jax.random.normal(jax.random.key(9), (BATCH, 2 * given, *SHAPE[1:])) if given else None
+    batch = batch._replace(given=before)
     direction = jax.random.normal(jax.random.key(8), (BATCH, *SHAPE))
     exit_step = 1
 
     def plain(params: Any) -> Any:
         frozen = merge(graph, jax.lax.stop_gradient(params))
         model = merge(graph, params)
-        cache = KVCache.empty(CONFIG, CacheLayout(4, 4), BATCH, jnp.float32)
+        cache = KVCache.empty(CONFIG, CacheLayout(window, 4), BATCH, jnp.float32)
         total = 0.0
+        for block in range(given):
+            context = frozen.cross_keys(batch.conditions.text)
+            shown = before[:, 2 * block : 2 * block + 2]
+            _, cache = frozen.with_cache(shown, jnp.zeros(BATCH), context, cache, jnp.int32(2 * block))
         for block in range(2):
-            start, shape = jnp.int32(2 * block), (2, *SHAPE[1:])
+            start, shape = jnp.int32(2 * (given + block)), (2, *SHAPE[1:])
             x = jax.vmap(lambda key, b=block, s=shape: block_noise(key, b, s))(keys())
             for i in range(exit_step + 1):
                 of = model if i == exit_step else frozen
@@ -149,7 +165,7 @@ def test_the_gradient_block_by_block_is_that_of_plain_autodiff_with_a_detached_c
         return total
 
     expected = jax.jit(jax.grad(plain))(params)
-    rollout = causal_rollout(graph)
+    rollout = causal_rollout(graph, window)
     pull = jax.jit(lambda p: rollout.videos_and_pullback(p, batch, keys(), jnp.int32(exit_step))[1](direction))
     leaves_close(pull(params), expected, 1e-5)
 

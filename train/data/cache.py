@@ -173,13 +173,14 @@ class Cache:
                 f"{folder} is not complete: {made} of {plan.num_shards} shards are there; run the command that makes "
                 "it again, it goes on where it stopped"
             )
+        damaged = UserError(f"{folder / INDEX_FILE}: its counts contradict each other; prepare the cache again")
         try:
             cache = cls(folder, plan, index)
             consistent = len(cache) == len(cache.items) and len(cache.shards) == plan.num_shards
         except (KeyError, TypeError, ValueError):
-            consistent = False
+            raise damaged from None
         if not consistent:
-            raise UserError(f"{folder / INDEX_FILE}: its counts contradict each other; prepare the cache again")
+            raise damaged
         return cache
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ UMT5-XXL is 5.7 billion parameters that no distillation trains. Only the rows of
 prompt some sixty of 512, the rest is zero by definition.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -43,7 +44,6 @@ class PromptCache:
         self.negative_prompt: str = cache.items[-1]["text"]
         self.text_len: int = cache.settings["text_len"]
         self.dim: int = cache.tensors["tokens"].shape[0]
-        self._negative: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -69,12 +69,10 @@ class PromptCache:
                 raise IndexError(f"{self.path} has {len(self)} prompts, and row {row} is none of them")
         return self._embeddings(rows)
 
-    @property
+    @functools.cached_property
     def negative(self) -> Float[np.ndarray, "l d"]:
         """float32 [text_len, dim] of the negative prompt."""
-        if self._negative is None:
-            self._negative = self._embeddings([len(self)])[0]
-        return self._negative
+        return self._embeddings([len(self)])[0]
 
     def require(self, checkpoint: "NativeCheckpoint") -> None:
         """Refuses to be used with a checkpoint whose text encoder, tokenizer or transformer gives other embeddings.

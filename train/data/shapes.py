@@ -20,6 +20,7 @@ NUM_FRAMES = 33
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 _COLOUR_RGB = np.array([(0.90, 0.10, 0.10), (0.10, 0.72, 0.15), (0.13, 0.25, 0.95), (0.95, 0.85, 0.10)], np.float32)
 _BACKGROUND_GREY = np.array([0.06, 0.80], np.float32)
@@ -118,6 +119,25 @@ _WORDINGS = tuple(itertools.product(_FORMS, _ARTICLES, _SIZES, _VERBS, range(3))
 
 def canonical_prompt(colour: str, shape: str, direction: str) -> str:
     return f"a {colour} {shape} moves {direction}"
+
+
+def turned(prompt: str) -> str:
+    """The canonical prompt of the same shape in the opposite direction: what can follow in this world, which a shape
+    never leaves.
+
+    >>> turned("there is one big red circle that drifts to the top")
+    'a red circle moves down'
+
+    Raises:
+        ValueError: the prompt is not of the grammar.
+    """
+    words = prompt.split()
+    ways = {way.split()[-1]: name for name, forms in _WAYS.items() for way in forms}
+    colour, shape = (next((w for w in words if w in names), None) for names in (COLOURS, SHAPES))
+    direction = ways.get(words[-1]) if words else None
+    if colour is None or shape is None or direction is None:
+        raise ValueError(f"{prompt!r} names no colour, shape and direction of this world")
+    return canonical_prompt(colour, shape, OPPOSITE[direction])
 
 
 def is_held_out(prompt: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from train.data import shapes
 from train.data.images import ImageCache
-from train.data.latents import LatentCache
+from train.data.lmdb_file import open_latents
 from train.data.order import epoch_rows
 from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
 from x2v_jax.checkpoint.store import NativeCheckpoint
@@ -33,12 +33,18 @@ class Conditions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """conditions; sample: number of each video in the batch, which its noise is drawn by; latents: of real videos,
-    [B, f, h, w, C], or None."""
+    """What a rollout is made from.
+
+    conditions: of each video. sample: its number in the batch, which its noise is drawn by. latents: real videos,
+    [B, f, h, w, C]. given: frames that a causal student goes on from, [B, g, h, w, C]. last_image: the last picture of
+    `given`, encoded alone, [B, h, w, C].
+    """
 
     conditions: Conditions
     sample: Any
     latents: Any = None
+    given: Any = None
+    last_image: Any = None
 
 
 class Source:
@@ -109,7 +115,7 @@ def open_source(
         images.require(checkpoint)
         captions = images.captions
     if with_latents:
-        latents = LatentCache.open(_given(config, "latents", "this trainer"), latent_size)
+        latents = open_latents(_given(config, "latents", "this trainer"), latent_size)
         latents.require(checkpoint)
         captions = latents.captions
     if images is None and latents is None:

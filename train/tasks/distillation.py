@@ -1,7 +1,6 @@
 """What all distillation tasks share: the networks, the student's schedule, evaluation and export."""
 
 import functools
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +12,13 @@ from flax import nnx
 
 from train.data.sources import SHAPES, Batch, Conditions, Source, open_source
 from train.evaluation import evaluate_students
+from train.references import relative_reference
 from train.rollouts import BlockByBlock, Rollout, WholeVideo
+from x2v_jax.checkpoint.lora_writer import DIALECTS, write_lora
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint, save_native
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
+from x2v_jax.lora_layers import LoraConfig, apply_lora, init_lora
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge
 from x2v_jax.models.vae import WanVae
@@ -28,7 +30,8 @@ class Distillation:
 
     Config: teacher, student (native checkpoints; an empty student is the teacher), student_schedule
     (denoising_step_list, shift, warp_denoising_step), causal (block, context_timestep, mode; empty for a student that
-    makes whole videos), data (see `train.data.sources`), size (height, width, num_frames), dtype, teacher_dtype, remat.
+    makes whole videos), data (see `train.data.sources`), size (height, width, num_frames), lora (rank, alpha, targets;
+    empty to train all weights), dtype, teacher_dtype, remat.
     """
 
     roles: Sequence[str] = ("generator",)
@@ -52,8 +55,24 @@ class Distillation:
         self._check_causal()
         self.graph = self._graph(self.model_config, config.dtype, config.remat)
         self.rollout = self._make_rollout(self.graph)
-        self.frozen: Any = {}
+        self.lora = LoraConfig(**config.lora.to_dict()) if config.lora else None
         self._source: Source | None = None
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """Networks that are used and not trained; read when the run begins."""
+        return {} if self.lora is None else {"student": self.load(self.student, self.config.dtype)}
+
+    def init(self, key: jax.Array) -> dict[str, Params]:
+        """The student's weights, or with config.lora the pairs beside them."""
+        if self.lora is None:
+            return {"generator": self.load(self.student, "float32")}
+        shapes = abstract(lambda: WanModel(self.model_config, rngs=nnx.Rngs(0)))[1]
+        return {"generator": init_lora(shapes, self.lora, key)}
+
+    def transformer(self, params: Params, frozen: Any) -> Params:
+        """The student's whole weights from what is trained of them."""
+        return params if self.lora is None else apply_lora(frozen["student"], params, self.lora.scale)
 
     @property
     def source(self) -> Source:
@@ -98,7 +117,11 @@ class Distillation:
         )
 
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
-        """The student's transformer; everything else is shared with the teacher by reference."""
+        """The student's transformer, with a LoRA merged in; everything else is shared with the teacher by reference.
+
+        A LoRA is written beside it, too, in the names that LightX2V, ComfyUI and diffusers look for.
+        """
+        pairs, params = params, self.transformer(params, self.frozen)
         dtype = jnp.dtype(self.config.export_dtype)
         weights = {name: np.asarray(leaf.astype(dtype)) for name, leaf in flatten(params).items()}
         shared = [name for name in self.teacher.components if name != "transformer"]
@@ -108,13 +131,17 @@ class Distillation:
             variant=self.variant,
             schedule=self.schedule(),
             components={"transformer": (self.model_config, weights)},
-            references={name: _relative(self.teacher.path, path) for name in shared},
+            references={name: relative_reference(self.teacher.path, path) for name in shared},
             overwrite=overwrite,
         )
+        if self.lora is not None:
+            for dialect in DIALECTS:
+                file = path / f"lora_{dialect}.safetensors"
+                write_lora(file, pairs, self.model_config, alpha=self.lora.alpha, dialect=dialect)
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Videos of fixed prompts and seeds as mp4 and PNG; on Moving Shapes also how many are right."""
-        return evaluate_students(self, params, step, directory)
+        return evaluate_students(self, self.transformer(params, self.frozen), step, directory)
 
     def sample(self, params: Params, conditions: Conditions, keys: jax.Array) -> jax.Array:
         """Finished latents [B, f, h, w, C] as inference makes them."""
@@ -204,8 +231,3 @@ def _same_kind(teacher: NativeCheckpoint, student: NativeCheckpoint) -> WanConfi
                 f"{getattr(theirs, field)}; give a teacher that fits, with --config.teacher"
             )
     return ours
-
-
-def _relative(target: pathlib.Path, folder: pathlib.Path) -> str:
-    """How a checkpoint in `folder` names another: relative to itself, so that both can be moved together."""
-    return os.path.relpath(pathlib.Path(target).resolve(), pathlib.Path(folder).resolve())

@@ -5,6 +5,8 @@ cache (Self-Forcing). Prompts, and for image-to-video first frames, are all the 
 Sources: Yin et al., arXiv:2405.14867; Huang et al., arXiv:2506.08009; the recipes of Self-Forcing-Plus.
 """
 
+import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.data.continuations import Continuations, open_continuations
+from train.data.shapes import turned
 from train.data.sources import Batch, Conditions
 from train.rollouts import sample_keys, velocity_of
 from train.tasks.distillation import Distillation
 from x2v_jax.diffusion import dmd
 from x2v_jax.diffusion.flow import add_noise, velocity_target
+from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params, merge
 
 _Answer = tuple[jax.Array, Params, dict[str, jax.Array]]
@@ -26,7 +31,8 @@ class DmdTask(Distillation):
     """Roles: generator (the student), critic (the fake score, which begins as the teacher). The teacher is frozen.
 
     Config, besides `Distillation`'s: dmd (fields of DmdSettings, or guidance_scale in Self-Forcing's form),
-    generator_every (critic updates to one of the generator).
+    generator_every (critic updates to one of the generator), continuation (pairs: trajectories whose ends a causal
+    student goes on from, 1 to max_blocks of their blocks, in a share of a phase's steps: its continuation_share).
     """
 
     roles = ("generator", "critic")
@@ -36,20 +42,42 @@ class DmdTask(Distillation):
         self.settings = dmd_settings(config.dmd)
         self.critic_graph = self._graph(self.teacher.config("transformer"), config.dtype, config.remat)
         self.teacher_graph = self._graph(self.teacher.config("transformer"), config.teacher_dtype)
-        self.frozen = {"teacher": self.load(self.teacher, config.teacher_dtype)}
         self.variant = "self_forcing" if self.is_causal else "distill"
 
+    @functools.cached_property
+    def frozen(self) -> Any:
+        return super().frozen | {"teacher": self.load(self.teacher, self.config.teacher_dtype)}
+
     def init(self, key: jax.Array) -> dict[str, Params]:
-        return {"generator": self.load(self.student, "float32"), "critic": self.load(self.teacher, "float32")}
+        return super().init(key) | {"critic": self.load(self.teacher, "float32")}
+
+    @functools.cached_property
+    def continuations(self) -> Continuations:
+        """What a causal student goes on from in a share of the steps."""
+        settings = self.config.continuation
+        if not self.is_causal or not settings.pairs:
+            raise UserError(
+                "a phase has a continuation_share; it needs a causal student, and in config.continuation.pairs a "
+                "folder that ode_pairs made"
+            )
+        directory = pathlib.Path(self.config.run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        follow = turned if self.on_shapes else str
+        return open_continuations(settings.pairs, self.teacher, directory, self.shape, follow)
 
     def updates(self, step: int) -> Sequence[str]:
         return self.roles if step % self.config.generator_every == 0 else ("critic",)
 
     def batch(self, role: str, step: int, phase: Any) -> Any:
         stream = 0 if self.config.share_batches else self.roles.index(role)
-        batch = self.source.batch(self.config.seed, step, phase.batch_size, stream)
-        # One step for the whole batch; drawn here, so that parts of a batch that are worked off apart agree on it.
+        # What a whole batch shares is drawn here, so that parts of it that are worked off apart agree on it.
         rng = np.random.default_rng([self.config.seed, step, self.roles.index(role)])
+        if rng.random() < phase.get("continuation_share", 0.0):
+            blocks = int(rng.integers(1, self.config.continuation.max_blocks + 1))
+            frames = blocks * self.config.causal.block
+            batch = self.continuations.batch(self.config.seed, step, phase.batch_size, frames, stream)
+        else:
+            batch = self.source.batch(self.config.seed, step, phase.batch_size, stream)
         exit_step = rng.integers(len(self.sigmas))
         negative = np.broadcast_to(self.source.negative, batch.conditions.text.shape)
         return {
@@ -61,25 +89,29 @@ class DmdTask(Distillation):
     def gradient(self, role: str, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
         if role == "generator":
             return self._generator_gradient(params, frozen, batch, key)
-        return self._critic_gradient(params, batch, key)
+        return self._critic_gradient(params, frozen, batch, key)
 
     def _generator_gradient(self, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
         data: Batch = batch["data"]
         exit_step = batch["exit_step"][0]
         rollout_keys, timestep, noise = self._draw(key, data.sample)
-        x0, pullback = self.rollout.videos_and_pullback(params["generator"], data, rollout_keys, exit_step)
+        weights, to_trained = jax.vjp(lambda trained: self.transformer(trained, frozen), params["generator"])
+        x0, pullback = self.rollout.videos_and_pullback(weights, data, rollout_keys, exit_step)
         scores = self._scores(params["critic"], frozen["teacher"], data.conditions, batch["negative"])
-        difference = dmd.score_difference(x0, noise, timestep, scores, self.settings)
-        loss = dmd.dmd_loss(x0, difference.gradient)
-        grads = pullback(difference.gradient / difference.gradient.size)
+        video = _as_video(x0, data)
+        difference = dmd.score_difference(video, noise, timestep, scores, self.settings)
+        loss = dmd.dmd_loss(video, difference.gradient)
+        gradient = _from_video(difference.gradient, data)
+        (grads,) = to_trained(pullback(gradient / gradient.size))
         metrics = {"dmd_gradient": jnp.sqrt(jnp.mean(difference.gradient**2)), "x0_std": jnp.std(x0)}
         return loss, grads, metrics | self._by_exit_step(loss, exit_step)
 
-    def _critic_gradient(self, params: dict[str, Params], batch: Any, key: jax.Array) -> _Answer:
+    def _critic_gradient(self, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
         data: Batch = batch["data"]
         exit_step = batch["exit_step"][0]
         rollout_keys, timestep, noise = self._draw(key, data.sample)
-        x0 = self.rollout.videos(params["generator"], data, rollout_keys, exit_step)
+        weights = self.transformer(params["generator"], frozen)
+        x0 = _as_video(self.rollout.videos(weights, data, rollout_keys, exit_step), data)
         noisy = add_noise(x0, noise, timestep / 1000)
 
         def loss_of(critic: Params) -> tuple[jax.Array, jax.Array]:
@@ -107,6 +139,21 @@ class DmdTask(Distillation):
 
     def _by_exit_step(self, loss: jax.Array, exit_step: jax.Array) -> dict[str, jax.Array]:
         return {f"loss_exit_{i}": jnp.where(exit_step == i, loss, jnp.nan) for i in range(len(self.sigmas))}
+
+
+def _as_video(x0: jax.Array, batch: Batch) -> jax.Array:
+    """What the scores are asked about: frames that follow given ones, with the picture before them as first frame.
+
+    The last frame drops out, so that the video has the teacher's length.
+    """
+    return x0 if batch.given is None else jnp.concatenate([batch.last_image[:, None], x0[:, :-1]], axis=1)
+
+
+def _from_video(gradient: jax.Array, batch: Batch) -> jax.Array:
+    """The derivative in x0 from that in `_as_video` of it."""
+    if batch.given is None:
+        return gradient
+    return jnp.concatenate([gradient[:, 1:], jnp.zeros_like(gradient[:, :1])], axis=1)
 
 
 def dmd_settings(config: Any) -> dmd.DmdSettings:

@@ -28,6 +28,7 @@ from train.data.shapes_latents import (
 from train.data.shapes_tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
 from train.loop import SingleRoleTask
 from train.pictures import save_grid
+from train.references import relative_reference
 from x2v_jax.checkpoint.store import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
@@ -159,8 +160,13 @@ class FlowMatchingTask(SingleRoleTask):
         configs = {"transformer": self.model_config, "text_encoder": self.text_config}
         if self.clip_config is not None:
             configs["image_encoder"] = self.clip_config
-        components = {name: (config, _flat_numpy(params[name])) for name, config in configs.items()}
-        components["vae"] = self.vae_config, _flat_numpy(self.vae_params)
+        dtype = jnp.dtype(self.config.export_dtype)
+        components = {name: (config, _flat_numpy(params[name], dtype)) for name, config in configs.items()}
+        references = {}
+        if self.config.share_vae:
+            references["vae"] = relative_reference(pathlib.Path(self.config.vae), path)
+        else:
+            components["vae"] = self.vae_config, _flat_numpy(self.vae_params)
         tokenizer_file = path.with_suffix(".tokenizer.json")
         write_tokenizer(tokenizer_file)
         save_native(
@@ -177,6 +183,7 @@ class FlowMatchingTask(SingleRoleTask):
                 num_frames=shapes.NUM_FRAMES,
             ),
             components=components,
+            references=references,
             tokenizer_file=tokenizer_file,
             overwrite=overwrite,
         )
@@ -309,5 +316,5 @@ def _graphs(networks: Mapping[str, Callable[..., nnx.Module]], dtype: Any) -> di
     return {name: abstract(lambda of=of: of(rngs=nnx.Rngs(0), dtype=dtype))[0] for name, of in networks.items()}
 
 
-def _flat_numpy(params: Params) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+def _flat_numpy(params: Params, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf.astype(dtype)) for name, leaf in flatten(params).items()}

@@ -39,9 +39,6 @@ class OdeRegressionTask(Distillation):
         self.pairs = TrajectoryCache.open(config.pairs, self.shape, (*self.sigmas, 0.0))
         self._prompts: Any = None
 
-    def init(self, key: jax.Array) -> dict[str, Params]:
-        return {"generator": self.load(self.student, "float32")}
-
     def batch(self, role: str, step: int, phase: Any) -> Any:
         if self._prompts is None:
             directory = pathlib.Path(self.config.run_dir)
@@ -60,7 +57,7 @@ class OdeRegressionTask(Distillation):
     def gradient(self, role: str, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> Any:
         def loss_of(generator: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             sigma = batch["sigma"]
-            model = merge(self.graph, generator)
+            model = merge(self.graph, self.transformer(generator, frozen))
             velocity = model(batch["noisy"], timestep_from_sigma(sigma), batch["text"], causal=self._pattern)
             x0 = x0_from_velocity(batch["noisy"], velocity, sigma)
             errors = jnp.mean(jnp.square(x0 - batch["clean"]), axis=(2, 3, 4))

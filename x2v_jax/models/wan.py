@@ -173,21 +173,22 @@ class WanModel(nnx.Module):
         keys: Float[Array, "n b t h d"],
         values: Float[Array, "n b t h d"],
         start_frame: Int[Array, ""],
+        rows: Int[Array, ""],
     ) -> Float[Array, "b f h w o"]:
         """What `with_cache` says, for training: earlier frames are constant and nothing is written.
 
         A gradient then stores no copies of the cache, and goes through this block of frames alone.
 
         Args:
-            keys, values: of frame i in rows [i, i + 1) * tokens of a frame, those from start_frame on unused; of every
-                layer, as a cache that has evicted nothing holds them.
+            keys, values: of every layer: those of the frames that are seen in the first `rows` rows, then room for this
+                block's.
+            start_frame: position of the block's first frame.
         """
         x, time, block_time, grid = self._embed(latents, timestep)
         rope = rope_tables_at(start_frame + jnp.arange(grid[0]), grid[1:], self.config.head_dim)
-        start_row = start_frame * grid[1] * grid[2]
 
         def apply(block: Block, x: Any, layer: Any) -> Any:
-            return block.after(x, block_time, layer[0], rope, layer[1], layer[2], start_row)
+            return block.after(x, block_time, layer[0], rope, layer[1], layer[2], rows)
 
         x = scan_blocks(self.blocks, x, apply, inputs=(context, keys, values), remat=self.remat)
         return _unpatchify(self.head(x, time), grid, self.config.patch_size)

@@ -1,0 +1,87 @@
+"""Videos that a causal student learns to go on from: their last frames, and the picture that they end with.
+
+A teacher for whole videos expects the first latent frame to be that of a single picture. What follows given frames is
+scored as a video that begins with their last picture (Self-Forcing's way with rollouts beyond the trained length).
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from train.data.order import epoch_rows
+from train.data.prompts import PromptCache
+from train.data.sources import Batch, Conditions, encode
+from train.data.trajectories import TrajectoryCache
+from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.models.functional import abstract, merge
+from x2v_jax.models.vae import WanVae
+
+_AT_ONCE = 16
+
+
+class Continuations(NamedTuple):
+    """latents: [N, f, h, w, C] of whole videos. images: [N, h, w, C], their last pictures encoded. prompts: of what
+    follows."""
+
+    latents: np.ndarray
+    images: np.ndarray
+    prompts: PromptCache
+
+    def batch(self, seed: int, step: int, size: int, frames: int, stream: int) -> Batch:
+        """The last `frames` latent frames of some videos, and the prompts to go on with."""
+        rows = epoch_rows(seed, step, size, len(self.latents), stream)
+        conditions = Conditions(self.prompts.embeddings(rows))
+        sample = np.arange(size, dtype=np.int32)
+        return Batch(conditions, sample, given=self.latents[rows, -frames:], last_image=self.images[rows])
+
+
+def open_continuations(
+    pairs: str,
+    checkpoint: NativeCheckpoint,
+    directory: pathlib.Path,
+    shape: Sequence[int],
+    follow: Callable[[str], str],
+) -> Continuations:
+    """From the ends of a teacher's trajectories; pictures and prompts are encoded once and kept in `directory`.
+
+    Args:
+        pairs: what `ode_pairs` made.
+        shape: [f, h, w, C] of its videos.
+        follow: the prompt of a video -> the prompt of what follows.
+
+    Raises:
+        UserError: no such trajectories, or of another size.
+    """
+    cache = TrajectoryCache.open(pairs, shape)
+    latents = np.concatenate(
+        [cache.states(range(i, min(i + _AT_ONCE, len(cache))))[:, -1] for i in range(0, len(cache), _AT_ONCE)]
+    )
+    path = directory / "last_images.npy"
+    if not path.exists():
+        part = path.with_suffix(".part.npy")
+        np.save(part, _last_images(checkpoint, latents))
+        part.rename(path)
+    prompts = encode(directory / "following_prompts", [follow(text) for text in cache.prompts], checkpoint)
+    return Continuations(latents, np.load(path), prompts)
+
+
+def _last_images(checkpoint: NativeCheckpoint, latents: np.ndarray) -> np.ndarray:
+    config = checkpoint.config("vae")
+    graph, _ = abstract(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    params = checkpoint.load("vae", "float32")
+
+    @jax.jit
+    def last(params: Any, latents: Any) -> Any:
+        vae = merge(graph, params)
+        return vae.encode(vae.decode(latents)[:, -1:])[:, 0]
+
+    parts = []
+    for i in tqdm(range(0, len(latents), _AT_ONCE), desc="encoding last pictures", unit="batch"):
+        rows = np.minimum(np.arange(i, i + _AT_ONCE), len(latents) - 1)
+        parts.append(np.asarray(last(params, latents[rows]))[: len(latents) - i])
+    return np.concatenate(parts)
