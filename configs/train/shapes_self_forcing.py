@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config.continuation.pairs = "runs/shapes_ode_pairs/trajectories"
     settings = {"batch_size": 16, "generator": {"every": 3}, "critic": {"learning_rate": 2e-4}}
     config.phases = (
-        phase("self-forcing", steps=450, learning_rate=1e-4, warmup=10, **settings),
-        # Half of the steps go on from given blocks, so that the student holds out when its window slides.
+        phase("self-forcing", steps=456, learning_rate=1e-4, warmup=10, **settings),
+        # The student goes on from given blocks, so that it holds out when its window slides, ...
         phase(
             "continuation",
             steps=600,
@@ -25,6 +25,18 @@ def get_config() -> ConfigDict:
             decay_share=0.4,
             final_scale=0.1,
             continuation_share=0.6,
+            **settings,
+        ),
+        # ... and from what it made itself.
+        phase(
+            "own continuation",
+            steps=400,
+            learning_rate=1e-4,
+            warmup=10,
+            decay_share=0.5,
+            final_scale=0.1,
+            continuation_share=0.75,
+            own_share=0.8,
             **settings,
         ),
     )

@@ -26,18 +26,19 @@ _AT_ONCE = 16
 
 class Continuations(NamedTuple):
     """latents: [N, f, h, w, C] of whole videos. images: [N, h, w, C], their last pictures encoded. prompts: of what
-    follows."""
+    follows, and of what follows that, row for row."""
 
     latents: np.ndarray
     images: np.ndarray
-    prompts: PromptCache
+    prompts: tuple[PromptCache, PromptCache]
 
-    def batch(self, seed: int, step: int, size: int, frames: int, stream: int) -> Batch:
-        """The last `frames` latent frames of some videos, and the prompts to go on with."""
+    def batch(self, seed: int, step: int, size: int, frames: int, stream: int, *, twice: bool) -> Batch:
+        """The last `frames` latent frames of some videos, and the prompts to go on with, once or twice."""
         rows = epoch_rows(seed, step, size, len(self.latents), stream)
-        conditions = Conditions(self.prompts.embeddings(rows))
+        conditions, following = (Conditions(prompts.embeddings(rows)) for prompts in self.prompts)
         sample = np.arange(size, dtype=np.int32)
-        return Batch(conditions, sample, given=self.latents[rows, -frames:], last_image=self.images[rows])
+        given, last_image = self.latents[rows, -frames:], self.images[rows]
+        return Batch(conditions, sample, given=given, last_image=last_image, following=following if twice else None)
 
 
 def open_continuations(
@@ -66,7 +67,12 @@ def open_continuations(
         part = path.with_suffix(".part.npy")
         np.save(part, _last_images(checkpoint, latents))
         part.rename(path)
-    prompts = encode(directory / "following_prompts", [follow(text) for text in cache.prompts], checkpoint)
+    first = [follow(text) for text in cache.prompts]
+    second = [follow(text) for text in first]
+    prompts = (
+        encode(directory / "following_prompts", first, checkpoint),
+        encode(directory / "following_prompts_2", second, checkpoint),
+    )
     return Continuations(latents, np.load(path), prompts)
 
 

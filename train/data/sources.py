@@ -37,7 +37,8 @@ class Batch(NamedTuple):
 
     conditions: of each video. sample: its number in the batch, which its noise is drawn by. latents: real videos,
     [B, f, h, w, C]. given: frames that a causal student goes on from, [B, g, h, w, C]. last_image: the last picture of
-    `given`, encoded alone, [B, h, w, C].
+    `given`, encoded alone, [B, h, w, C]. following: what comes after the video that is made from all this, where the
+    student is to go on from its own frames.
     """
 
     conditions: Conditions
@@ -45,6 +46,7 @@ class Batch(NamedTuple):
     latents: Any = None
     given: Any = None
     last_image: Any = None
+    following: Conditions | None = None
 
 
 class Source:

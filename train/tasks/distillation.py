@@ -45,6 +45,7 @@ class Distillation:
         self.student = open_checkpoint(config.student) if config.student else self.teacher
         self.model_config = _same_kind(self.teacher, self.student)
         self.vae_config: VaeConfig = self.teacher.config("vae")
+        self.vae_graph = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))[0]
         self.shape = latent_shape(config.size, self.vae_config, self.model_config)
         schedule = config.student_schedule
         self.sigmas = tuple(
@@ -151,9 +152,8 @@ class Distillation:
     @functools.cached_property
     def decode(self) -> Any:
         """latents [B, f, h, w, C] -> video [B, F, H, W, 3] in [-1, 1]."""
-        graph, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
         params = self.teacher.load("vae", "float32")
-        decode = jax.jit(lambda params, latents: merge(graph, params).decode(latents))
+        decode = jax.jit(lambda params, latents: merge(self.vae_graph, params).decode(latents))
         return lambda latents: decode(params, latents)
 
     @property

@@ -32,7 +32,8 @@ class DmdTask(Distillation):
 
     Config, besides `Distillation`'s: dmd (fields of DmdSettings, or guidance_scale in Self-Forcing's form),
     generator_every (critic updates to one of the generator), continuation (pairs: trajectories whose ends a causal
-    student goes on from, 1 to max_blocks of their blocks, in a share of a phase's steps: its continuation_share).
+    student goes on from, 1 to max_blocks of their blocks, in a share of a phase's steps: its continuation_share;
+    in the own_share of these it goes on from its own continuation).
     """
 
     roles = ("generator", "critic")
@@ -46,7 +47,10 @@ class DmdTask(Distillation):
 
     @functools.cached_property
     def frozen(self) -> Any:
-        return super().frozen | {"teacher": self.load(self.teacher, self.config.teacher_dtype)}
+        frozen = super().frozen | {"teacher": self.load(self.teacher, self.config.teacher_dtype)}
+        if any(phase.get("own_share", 0.0) for phase in self.config.phases):
+            frozen["vae"] = self.teacher.load("vae", "float32")
+        return frozen
 
     def init(self, key: jax.Array) -> dict[str, Params]:
         return super().init(key) | {"critic": self.load(self.teacher, "float32")}
@@ -73,9 +77,12 @@ class DmdTask(Distillation):
         # What a whole batch shares is drawn here, so that parts of it that are worked off apart agree on it.
         rng = np.random.default_rng([self.config.seed, step, self.roles.index(role)])
         if rng.random() < phase.get("continuation_share", 0.0):
-            blocks = int(rng.integers(1, self.config.continuation.max_blocks + 1))
+            twice = bool(rng.random() < phase.get("own_share", 0.0))
+            most = self.config.continuation.max_blocks
+            # The student's own frames fill its window, as they do at inference.
+            blocks = most if twice else int(rng.integers(1, most + 1))
             frames = blocks * self.config.causal.block
-            batch = self.continuations.batch(self.config.seed, step, phase.batch_size, frames, stream)
+            batch = self.continuations.batch(self.config.seed, step, phase.batch_size, frames, stream, twice=twice)
         else:
             batch = self.source.batch(self.config.seed, step, phase.batch_size, stream)
         exit_step = rng.integers(len(self.sigmas))
@@ -92,10 +99,10 @@ class DmdTask(Distillation):
         return self._critic_gradient(params, frozen, batch, key)
 
     def _generator_gradient(self, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
-        data: Batch = batch["data"]
         exit_step = batch["exit_step"][0]
-        rollout_keys, timestep, noise = self._draw(key, data.sample)
+        rollout_keys, timestep, noise = self._draw(key, batch["data"].sample)
         weights, to_trained = jax.vjp(lambda trained: self.transformer(trained, frozen), params["generator"])
+        data = self._after_own(weights, frozen, batch["data"], key)
         x0, pullback = self.rollout.videos_and_pullback(weights, data, rollout_keys, exit_step)
         scores = self._scores(params["critic"], frozen["teacher"], data.conditions, batch["negative"])
         video = _as_video(x0, data)
@@ -107,10 +114,10 @@ class DmdTask(Distillation):
         return loss, grads, metrics | self._by_exit_step(loss, exit_step)
 
     def _critic_gradient(self, params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> _Answer:
-        data: Batch = batch["data"]
         exit_step = batch["exit_step"][0]
-        rollout_keys, timestep, noise = self._draw(key, data.sample)
+        rollout_keys, timestep, noise = self._draw(key, batch["data"].sample)
         weights = self.transformer(params["generator"], frozen)
+        data = self._after_own(weights, frozen, batch["data"], key)
         x0 = _as_video(self.rollout.videos(weights, data, rollout_keys, exit_step), data)
         noisy = add_noise(x0, noise, timestep / 1000)
 
@@ -121,6 +128,21 @@ class DmdTask(Distillation):
 
         (loss, errors), grads = jax.value_and_grad(loss_of, has_aux=True)(params["critic"])
         return loss, grads, by_timestep(errors, timestep)
+
+    def _after_own(self, weights: Params, frozen: Any, batch: Batch, key: jax.Array) -> Batch:
+        """Where something follows: the batch that goes on from the student's own video instead of the given one."""
+        if batch.following is None:
+            return batch
+        keys = sample_keys(jax.random.fold_in(key, 3), batch.sample)
+        video = self.rollout.videos(weights, batch, keys, jnp.int32(len(self.sigmas) - 1))
+        vae = merge(self.vae_graph, frozen["vae"])
+        picture = vae.decode(jnp.concatenate([batch.last_image[:, None], video], axis=1))[:, -1:]
+        return Batch(
+            batch.following,
+            batch.sample,
+            given=video[:, -batch.given.shape[1] :],
+            last_image=jax.lax.stop_gradient(vae.encode(picture)[:, 0]),
+        )
 
     def _scores(self, critic: Params, teacher: Params, conditions: Conditions, negative: jax.Array) -> dmd.Scores:
         real, fake = merge(self.teacher_graph, teacher), merge(self.critic_graph, critic)

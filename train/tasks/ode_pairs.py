@@ -17,6 +17,7 @@ from train.rollouts import velocity_of
 from train.tasks.distillation import Distillation
 from x2v_jax.diffusion.flow import guided_velocity, shift_sigma, timestep_from_sigma
 from x2v_jax.diffusion.noise import initial_noise
+from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params, merge
 
 
@@ -79,10 +80,19 @@ class OdePairs(Distillation):
 def trajectory_grid(sigmas: tuple[float, ...], shift: float, num_steps: int) -> np.ndarray:
     """Noise levels from 1 to 0, float64 [num_steps + 1] with the given shift, on which every one of `sigmas` lies.
 
-    The level nearest to each of them is moved there; for the published lists, which are warped by the same shift, and
-    multiples of four steps, nothing moves.
+    The level nearest to each of them is moved there, but for the ends; for the published lists, which are warped by the
+    same shift, and multiples of four steps, nothing moves.
+
+    Raises:
+        UserError: there are too few steps for that.
     """
     grid = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1), shift)
     for sigma in sigmas:
-        grid[np.argmin(np.abs(grid - sigma))] = sigma
+        if sigma < 1:
+            grid[1 + np.argmin(np.abs(grid[1:-1] - sigma))] = sigma
+    if not set(sigmas) <= set(grid.tolist()) or np.any(np.diff(grid) >= 0):
+        raise UserError(
+            f"config.num_steps is {num_steps}, too few to pass through all {len(sigmas)} levels of the student; give "
+            f"{4 * max(12, len(sigmas))}"
+        )
     return grid
