@@ -107,6 +107,8 @@ def parse(
     config = load_config(file or default_config)
     overrides = {}
     for name, text in texts.items():
+        if name.split(".")[0] not in config:
+            name = name.replace(".", "_")  # keys that belong together may be written as of a group: rollout.mode
         overrides[name] = parse_value(config, name, text)
         set_key(config, name, overrides[name])
     return CommandLine(config, file, overrides, found)
@@ -245,7 +247,7 @@ def _unknown_option(
     bare = name.lstrip("-").replace("-", "_")
     if name.startswith("-") and bare in other_names:
         return f"unknown option {name}; write {other_names[bare]}"
-    if bare in config:
+    if bare.replace(".", "_") in config:
         return f"unknown option {name}; did you mean --config.{bare}=VALUE?"
     if not name.startswith("-"):
         return f"unexpected argument {name!r}; options look like --config.KEY=VALUE (see --help)"

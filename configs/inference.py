@@ -1,6 +1,7 @@
 """The keys that every inference config has, defined once.
 
 A config file has a function get_config() that returns inference_config(KEY=VALUE, ...) with the keys it sets.
+On the command line a key's underscores may be dots: --config.rollout.mode sets rollout_mode.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ KEYS = (
     Key("prompt", "", "what the video shows"),
     Key("negative_prompt", str, "what it should not show; needs guidance"),
     Key("prompt_file", str, "text file of prompts, one a line; a video for each"),
-    Key("image", str, "first frame of the video (image-to-video checkpoints)"),
+    Key("image", str, "first frame of the video (image-to-video and causal checkpoints)"),
     Key("pin_first_frame", False, "make the first frame exactly the encoded image (the published pipelines do not)"),
     Key("height", int, "pixels; image-to-video keeps the image's shape at the area height x width"),
     Key("width", int, "pixels"),
@@ -36,9 +37,19 @@ KEYS = (
     Key("keep_encoders", False, "leave text and image encoders on the device while denoising"),
     Key("sequential_guidance", False, "two passes a step instead of one of twice the batch: slower, less memory"),
     Key("vae_decode", "auto", "auto, whole, stream (in time) or tiled (in time and space): from fast to small"),
-    Key("progress", True, "a bar with each step; false compiles all steps of a distilled model into one program"),
+    Key(
+        "progress",
+        True,
+        "a bar with each step or a line with each block; false compiles all steps of a distilled model "
+        "into one program",
+    ),
     Key("allow_mismatch", False, "run settings that contradict the checkpoint's schedule"),
-    Key("initial_noise", str, "safetensors with `noise` [C, F, H, W] and optionally `renoise` [steps-1, C, F, H, W]"),
+    Key(
+        "initial_noise",
+        str,
+        "safetensors with `noise` [C, F, H, W] and optionally `renoise` [steps-1, C, F, H, W]; "
+        "causal: `noise` [blocks, F, C, H, W] and `renoise` [blocks, steps-1, F, C, H, W]",
+    ),
     Key("text_embeddings", str, "safetensors with `text` [L, D] (and `negative_text`), instead of the text encoder"),
     Key("save_latents", str, "safetensors file for `latents` [C, F, H, W], as they are before the VAE"),
     Key(
@@ -46,7 +57,29 @@ KEYS = (
         "~/.cache/x2v_jax",
         "folder that keeps compiled programs for the next start; empty for none",
     ),
+    # Causal checkpoints, which make the video block by block; for those num_frames is whole blocks.
+    Key("seconds", float, "causal: the length, rounded up to whole blocks, instead of num_frames"),
+    Key("endless", False, "causal: until interrupted; what exists then is kept and playable"),
+    Key("continue_from", str, "causal: save_latents file or mp4 of an earlier run, whose last blocks come before"),
+    Key(
+        "prompt_schedule",
+        (),
+        """causal: prompts that follow, with their second: "5: a cat sits; 10: a cat runs", or
+                         ((5, "a cat sits"), (10, "a cat runs"))""",
+    ),
+    Key("rollout_mode", str, "causal (rollout.mode): full, sliding or fragments: how it goes on past the window"),
+    Key("rollout_window", int, "causal (rollout.window): latent frames that the network sees, its own included"),
+    Key("rollout_sink", int, "causal (rollout.sink): first latent frames that stay visible; sliding only"),
+    Key("rollout_positions", str, "causal (rollout.positions): relative or absolute, of the sink"),
+    Key("context_noise", float, "causal: timestep at which finished blocks are seen; 0 clean, -1 as the last step was"),
+    Key("kv_cache", str, "causal: bfloat16, float32 or int8 keys and values; int8 is half the memory"),
+    Key("num_fragments", int, "causal, LightX2V's: windows of a fragments video, instead of num_frames"),
+    Key("num_frame_per_block", int, "causal, LightX2V's: latent frames of a block"),
+    Key("num_blocks", int, "causal, LightX2V's: blocks of a window"),
+    Key("frame_seq_length", int, "causal, LightX2V's: tokens of a latent frame; checked against height and width"),
 )
+# Keys that each say how long a video is: one given on the command line replaces the others.
+LENGTHS = ("num_frames", "seconds", "endless", "num_fragments")
 
 
 def inference_config(**values: Any) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 Comments (// and /* */) and trailing commas are allowed. Settings that mean the same here are taken over, those that
 only steer LightX2V's CUDA code are named in a warning and ignored, contradictions and unknown keys are refused.
+configs/causvid/wan_t2v_causvid.py says what the keys of its autoregressive files mean here.
 
 Hardware and time: those of the model that the file configures; not measured here.
 Result: the request that the JSON describes. Its model_path must be a checkpoint that `python -m convert` made.
@@ -62,8 +63,15 @@ _IGNORED = {
         "resolution_rate", "changing_resolution_steps", "changing_resolution", "feature_caching", "cfg_scale",
     ),
 }  # fmt: skip
-_AUTOREGRESSIVE = ("num_fragments", "num_frames", "num_frame_per_block", "num_blocks", "frame_seq_length")
-_MODEL_CLASSES = ("wan2.1", "wan2.1_distill")
+# Keys of autoregressive files -> ours. Their num_frames are latent frames of a fragment.
+_CAUSVID = {
+    "num_fragments": "num_fragments",
+    "num_frames": "rollout_window",
+    "num_frame_per_block": "num_frame_per_block",
+    "num_blocks": "num_blocks",
+    "frame_seq_length": "frame_seq_length",
+}
+_MODEL_CLASSES = ("wan2.1", "wan2.1_distill", "wan2.1_causvid")
 
 
 def get_config(path: str = ""):
@@ -102,6 +110,9 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     _warn_ignored(values)
     ours = {_SAME[key]: value for key, value in values.items() if key in _SAME and value not in (None, "")}
+    if _is_causvid(values):
+        ours |= _causvid(values)
+        ours.pop("num_frames", None)  # of target_video_length, which LightX2V does not look at either
     if steps is not None:
         ours["denoising_step_list"] = steps
         if ours.pop("num_inference_steps", len(steps)) != len(steps):
@@ -156,13 +167,7 @@ def strip_comments(text: str) -> str:
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:
-    autoregressive = [key for key in _AUTOREGRESSIVE if key in values]
-    if autoregressive:
-        raise UserError(
-            f"{', '.join(autoregressive)}: settings of autoregressive models (wan2.1_causvid), which this pipeline "
-            "does not sample; use a step-distilled or base model's file"
-        )
-    known = [*_SAME, *_READ, "enable_dynamic_cfg", *(key for keys in _IGNORED.values() for key in keys)]
+    known = [*_SAME, *_READ, *_CAUSVID, "enable_dynamic_cfg", *(key for keys in _IGNORED.values() for key in keys)]
     for key in values:
         if key not in known:
             near = nearest(key, known)
@@ -173,17 +178,54 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 
 def _check_model(values: Mapping[str, Any]) -> None:
     model, steps = values.get("model_cls"), values.get("denoising_step_list")
+    if _is_causvid(values):
+        model = _check_causvid(values)
     if model is not None and model not in _MODEL_CLASSES:
-        raise UserError(f"model_cls is {model!r}; this project runs {' and '.join(_MODEL_CLASSES)}")
+        raise UserError(f"model_cls is {model!r}; this project runs {', '.join(_MODEL_CLASSES)}")
     if model == "wan2.1" and steps is not None:
         raise UserError(
             "model_cls is 'wan2.1' beside a denoising_step_list, which that class ignores; set 'wan2.1_distill' or "
             "take the list out"
         )
-    if model == "wan2.1_distill" and steps is None:
-        raise UserError("model_cls is 'wan2.1_distill' without its denoising_step_list, such as [1000, 750, 500, 250]")
+    if model in ("wan2.1_distill", "wan2.1_causvid") and steps is None:
+        raise UserError(f"model_cls is {model!r} without its denoising_step_list, such as [1000, 750, 500, 250]")
     if steps is not None and not isinstance(steps, list):
         raise UserError(f"denoising_step_list is {steps!r}; give a list such as [1000, 750, 500, 250]")
+
+
+def _is_causvid(values: Mapping[str, Any]) -> bool:
+    """Whether the settings are of an autoregressive model. LightX2V's own files say so by their keys only."""
+    return values.get("model_cls") == "wan2.1_causvid" or any(key in values for key in _CAUSVID)
+
+
+def _check_causvid(values: Mapping[str, Any]) -> str:
+    given = [key for key in _CAUSVID if key in values]
+    if values.get("model_cls", "wan2.1_causvid") != "wan2.1_causvid":
+        raise UserError(
+            f"model_cls is {values['model_cls']!r} beside {', '.join(given)}, which are settings of autoregressive "
+            "models; set 'wan2.1_causvid' or take them out"
+        )
+    if values.get("task") == "i2v":
+        raise UserError(
+            "task is 'i2v' in settings of an autoregressive model, of which only text-to-video weights are published; "
+            "set 't2v', and image_path for the first frame"
+        )
+    for key in given:
+        if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
+            raise UserError(f"{key} is {values[key]!r}; give a whole number from 1 on")
+    frames, block, blocks = (values.get(key) for key in ("num_frames", "num_frame_per_block", "num_blocks"))
+    if None not in (frames, block, blocks) and frames != block * blocks:
+        raise UserError(
+            f"num_frames is {frames} latent frames, but num_blocks {blocks} of num_frame_per_block {block} are "
+            f"{blocks * block}; make them agree"
+        )
+    return "wan2.1_causvid"
+
+
+def _causvid(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Length and window of an autoregressive video; its step list is one that is not to be warped again."""
+    ours = {mine: values[key] for key, mine in _CAUSVID.items() if key in values}
+    return {"num_fragments": 1, "rollout_mode": "fragments", "warp_denoising_step": False} | ours
 
 
 def _guidance(values: Mapping[str, Any], *, is_distilled: bool) -> Any:

@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; videos that were finished are kept", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; {str(interrupt) or 'videos that were finished are kept'}", file=sys.stderr)
         return 130
     return 0
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from configs import flags
 from configs.inference import KEYS
 from infer import outputs, settings
+from infer.interrupts import Interrupts
 from infer.settings import Job, Settings
+from infer.streaming import stream_video
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline, Result
@@ -47,9 +49,13 @@ _USAGE = """python -m infer: makes videos from prompts and images
   python -m infer --config.prompt="a blue square moves up"
   python -m infer --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
   python -m infer --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
+  python -m infer --config=configs/shapes/t2v_causal.py --config.seconds=20
+  python -m infer --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
   python -m infer --rerun outputs/FILE.mp4 --config.seed=7
 
-The path of each video is printed when it is written; its settings are in the file and in a .json beside it."""
+The path of each video is printed when it is written; its settings are in the file and in a .json beside it.
+Causal checkpoints write their video block by block to a file that can be watched while it grows. Ctrl-C ends it: what
+is there is kept, and the exit code is 130."""
 
 
 def help_text() -> str:
@@ -65,12 +71,13 @@ def run(arguments: Sequence[str]) -> None:
     """
     _plain_warnings()
     options = {name: option for name, option in OPTIONS.items() if name != "config"}
-    line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
-    work = settings.read(line)
-    _generate(work)
+    with Interrupts() as interrupts:
+        line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
+        work = settings.read(line)
+        _generate(work, interrupts)
 
 
-def _generate(work: Settings) -> None:
+def _generate(work: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
     config = work.config
     _set_up_jax(config.compilation_cache)
@@ -88,23 +95,32 @@ def _generate(work: Settings) -> None:
     )
     _announce(pipeline, work, memory.device_bytes_free())
     seconds = {"imports": time.perf_counter() - begin}
-    results = []
+    is_causal = work.checkpoint.schedule.causal is not None
+    predicted = 0
     for number, job in enumerate(work.jobs, 1):
         if len(work.jobs) > 1 and number % _PROMPTS_AT_ONCE == 1:
             ahead = work.jobs[number - 1 :][:_PROMPTS_AT_ONCE]
             seconds["text"] = seconds.get("text", 0.0) + pipeline.prepare([each.request for each in ahead])
-        result = _one_video(pipeline, job, config, f"{number}/{len(work.jobs)} " if len(work.jobs) > 1 else "")
-        for name, value in result.seconds.items():
+        label = f"{number}/{len(work.jobs)} " if len(work.jobs) > 1 else ""
+        predicted = max(predicted, pipeline.plan(job.request).peak)
+        if is_causal:
+            path, taken = stream_video(pipeline, work, job, f"{label}streaming", interrupts)
+        else:
+            path, taken = _one_video(pipeline, work, job, label)
+        for name, value in taken.items():
             seconds[name] = seconds.get(name, 0.0) + value
-        before = time.perf_counter()
-        path = outputs.write(job, result.frames, outputs.metadata(work, job, result.frames), config.overwrite)
-        seconds["file"] = seconds.get("file", 0.0) + time.perf_counter() - before
         print(path, flush=True)
-        results.append(result)
-    _summarize(results, seconds, time.perf_counter() - begin)
+    _summarize(len(work.jobs), seconds, time.perf_counter() - begin, predicted)
 
 
-def _one_video(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Result":
+def _one_video(pipeline: "Pipeline", work: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
+    result = _generate_whole(pipeline, job, work.config, label)
+    before = time.perf_counter()
+    path = outputs.write(job, result.frames, outputs.metadata(work, job), work.config.overwrite)
+    return path, result.seconds | {"file": time.perf_counter() - before}
+
+
+def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Result":
     if not config.progress:
         return pipeline.generate(job.request)
     from tqdm import tqdm
@@ -133,11 +149,18 @@ def _announce(pipeline: "Pipeline", work: Settings, free: int | None) -> None:
     import jax
 
     request = work.jobs[0].request
-    plan, (frames, height, width) = pipeline.plan(request), pipeline.output_size(request)
+    plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
+    frames = "endless" if request.num_frames is None else f"{request.num_frames} frames of"
+    if work.checkpoint.schedule.causal is None:
+        how = f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}"
+    else:
+        how = (
+            f"{request.num_inference_steps} steps for each block of {request.num_frame_per_block} latent frames, "
+            f"{request.rollout_mode} window of {request.rollout_window}"
+        )
     print(
         f"{work.checkpoint.path} ({work.checkpoint.task} {work.checkpoint.variant}) on {jax.devices()[0].device_kind}: "
-        f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
-        f"guidance {request.guidance_scale:g}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory",
+        f"{frames} {height}x{width}, {how}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory",
         file=sys.stderr,
     )
     if pipeline.lora_report is not None:
@@ -150,12 +173,14 @@ def _announce(pipeline: "Pipeline", work: Settings, free: int | None) -> None:
         )
 
 
-def _summarize(results: "Sequence[Result]", seconds: dict[str, float], total: float) -> None:
+def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: int) -> None:
+    from x2v_jax import memory
+
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    peak, predicted = max(r.peak_bytes for r in results), max(r.memory_plan.peak for r in results)
-    count = f"{len(results)} videos" if len(results) > 1 else "1 video"
+    count = f"{videos} videos" if videos > 1 else "1 video"
     print(
-        f"{count} in {total:.1f} s ({parts}); peak memory {peak / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB",
+        f"{count} in {total:.1f} s ({parts}); peak memory {memory.peak_bytes() / 1e9:.2f} GB, "
+        f"predicted {predicted / 1e9:.2f} GB",
         file=sys.stderr,
     )
 

@@ -14,7 +14,7 @@ from x2v_jax.video import write_video
 _LEFT_OUT = ("prompt_file", "num_videos", "output", "overwrite", "save_latents", "compilation_cache")
 
 
-def metadata(work: Settings, job: Job, frames: np.ndarray) -> dict[str, Any]:
+def metadata(work: Settings, job: Job) -> dict[str, Any]:
     """What a video carries: enough to make it again. Nothing in it depends on the time of day."""
     import jax
 
@@ -29,9 +29,18 @@ def metadata(work: Settings, job: Job, frames: np.ndarray) -> dict[str, Any]:
         "config": config,
         "model_sha256": checkpoint_digest(work.checkpoint),
         "inputs": work.inputs,
-        "size": {"frames": frames.shape[0], "height": frames.shape[1], "width": frames.shape[2]},
         "made_with": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
+
+
+def with_size(values: dict[str, Any], frames: int, height: int, width: int) -> dict[str, Any]:
+    return values | {"size": {"frames": frames, "height": height, "width": width}}
+
+
+def place(job: Job, overwrite: bool) -> pathlib.Path:
+    """Where a job's mp4 goes: under a name that is free, unless existing files may be replaced."""
+    path = job.folder / f"{job.stem}.mp4"
+    return path if overwrite else free_path(path)
 
 
 def write(job: Job, frames: np.ndarray, values: dict[str, Any], overwrite: bool) -> pathlib.Path:
@@ -41,10 +50,8 @@ def write(job: Job, frames: np.ndarray, values: dict[str, Any], overwrite: bool)
         UserError: the files cannot be written.
     """
     assert job.request.fps is not None  # resolved
-    path = job.folder / f"{job.stem}.mp4"
-    if not overwrite:
-        path = free_path(path)
-    write_video(path, frames, job.request.fps, values)
+    path = place(job, overwrite)
+    write_video(path, frames, job.request.fps, with_size(values, *frames.shape[:3]))
     return path
 
 

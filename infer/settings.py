@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import pathlib
+import re
 import tempfile
 import warnings
 from typing import Any
 
 from configs import flags
-from configs.inference import KEYS, inference_config
+from configs.inference import KEYS, LENGTHS, inference_config
 from x2v_jax import interchange, memory
+from x2v_jax.block_inputs import read_inputs
 from x2v_jax.checkpoint.lora import parse_lora_argument
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.errors import UserError
@@ -21,7 +23,7 @@ Config = Any  # a ConfigDict, whose keys have no types before it runs
 _PROJECT = pathlib.Path(__file__).resolve().parent.parent
 _MAX_VIDEOS = 100_000
 # Keys that name files whose content decides the result.
-_INPUTS = ("image", "initial_noise", "text_embeddings")
+_INPUTS = ("image", "initial_noise", "text_embeddings", "continue_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,10 @@ def read(line: flags.CommandLine) -> Settings:
                 "--rerun takes its settings from the video; leave --config out (--config.KEY=… still counts)"
             )
         config, recorded = _recorded_config(line.options["rerun"], line.overrides)
+    if any(name in line.overrides for name in LENGTHS):
+        for name in LENGTHS:
+            if name not in line.overrides:
+                config[name] = False if name == "endless" else None
     if line.options.get("overwrite"):
         config.overwrite = True
     if "prompt" in line.overrides and "prompt_file" in line.overrides:
@@ -73,7 +79,7 @@ def read(line: flags.CommandLine) -> Settings:
     jobs = _jobs(config, checkpoint, has_loras=bool(loras))
     for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
         _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
-    _check_inputs(jobs[0].request, checkpoint)
+    _check_inputs(jobs[0].request, checkpoint, config.allow_mismatch)
     files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
     inputs = {path: _sha256(pathlib.Path(path)) for path in files}
     if recorded is not None:
@@ -170,7 +176,10 @@ def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> t
     prompts = [config.prompt] if config.prompt_file is None else _read_prompts(config.prompt_file)
     shared = {name: config[name] for name in Request.field_names() if name in config}
     shared["seed"] = None if config.seed == -1 else config.seed
+    shared["prompt_schedule"] = _prompt_schedule(config.prompt_schedule)
     total = len(prompts) * config.num_videos
+    if config.endless and total > 1:
+        raise UserError(f"config.endless is True for {total} videos, and the first has no end; give seconds instead")
     jobs = []
     for prompt in prompts:
         for offset in range(config.num_videos):
@@ -202,16 +211,30 @@ def _check_writable(key: str, folder: pathlib.Path) -> None:
         ) from None
 
 
-def _check_inputs(request: Request, checkpoint: NativeCheckpoint) -> None:
+def _check_inputs(request: Request, checkpoint: NativeCheckpoint, allow_mismatch: bool) -> None:
     """Opens the files that a request names, before weights are loaded."""
     if request.text_embeddings is not None:
         transformer = checkpoint.config("transformer")
         interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
-    if checkpoint.task == "i2v":
+    if checkpoint.schedule.causal is not None:
+        read_inputs(request, checkpoint, allow_mismatch=allow_mismatch)
+    elif checkpoint.task == "i2v":
         load_image(request.image)  # its shape decides the noise's, which the pipeline checks
     elif request.initial_noise is not None:
         steps = None if request.denoising_step_list is None else len(request.denoising_step_list)
         interchange.read_noise(request.initial_noise, latent_shape(request, checkpoint), steps)
+
+
+def _prompt_schedule(value: Any) -> Any:
+    """Pairs of second and prompt as they are, or from a text such as "5: a cat sits; 10: a cat runs"."""
+    if not value or not all(isinstance(part, str) for part in value):
+        return value
+    # A command line's text comes in parts, cut at its commas. Only a number and a colon begin another prompt.
+    text = ", ".join(value)
+    pieces = re.split(r"(?:^|;)\s*(\d+(?:\.\d*)?)\s*:", text)
+    if pieces[0].strip() or len(pieces) < 3:
+        raise UserError(f'config.prompt_schedule is {text!r}; write "5: a cat sits; 10: a cat runs", with seconds')
+    return tuple((float(second), prompt.strip()) for second, prompt in zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def _read_prompts(path: str) -> list[str]:

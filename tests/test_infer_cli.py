@@ -22,6 +22,7 @@ from infer.__main__ import main
 from infer.outputs import free_path
 from infer.settings import _slug
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
+from x2v_jax.checkpoint.schedules import SCHEDULES
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
 from x2v_jax.video import read_frames, read_metadata, write_video
@@ -29,7 +30,7 @@ from x2v_jax.video import read_frames, read_metadata, write_video
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("base", "distill")
+    for folder in ("base", "distill", "causvid", "self_forcing")
     for path in (ROOT / "configs" / folder).glob("[!_]*.py")
 )
 
@@ -284,6 +285,25 @@ def test_shipped_configs_load_and_say_what_they_need(name: str):
     assert all(f"\n{word}:" in text for word in ("Hardware", "Time", "Result"))
 
 
+def test_shipped_causal_configs_load_and_agree_with_the_published_settings():
+    config: Any = flags.load_config("configs/shapes/t2v_causal.py")
+    assert config.checkpoint == "assets/shapes_causal"
+    causvid: Any = flags.load_config("configs/causvid/wan_t2v_causvid.py")
+    assert causvid.rollout_window == causvid.num_blocks * causvid.num_frame_per_block == 21
+    assert causvid.frame_seq_length == causvid.height // 16 * (causvid.width // 16)
+    for name, variant in (
+        ("causvid/wan_t2v_causvid", "causvid"),
+        ("self_forcing/wan_t2v_self_forcing", "self_forcing"),
+    ):
+        config = flags.load_config(f"configs/{name}.py")
+        schedule = SCHEDULES[variant]
+        assert schedule.causal is not None
+        assert config.denoising_step_list == schedule.denoising_step_list
+        assert config.warp_denoising_step == schedule.warp_denoising_step
+        assert config.num_frame_per_block == schedule.causal.block and config.rollout_window == schedule.causal.window
+        assert config.rollout_mode == schedule.causal.mode
+
+
 def test_every_request_field_can_be_set_from_a_config():
     assert set(Request.field_names()) <= set(inference_config().keys())
 
@@ -301,6 +321,8 @@ def test_values_keep_their_types():
     assert flags.parse_value(config, "lora", "a.safetensors:0.8") == ("a.safetensors:0.8",)
     assert flags.parse_value(config, "height", "None") is None
     assert flags.parse_value(config, "prompt", "None") == "None"
+    line = flags.parse(["--config.rollout.mode=full"], default_config="configs/shapes/t2v.py", options={})
+    assert line.overrides == {"rollout_mode": "full"} and line.config.rollout_mode == "full"
     with pytest.raises(UserError, match="give a value of type int"):
         flags.set_key(config, "seed", True)
 
@@ -319,6 +341,7 @@ def test_help_and_errors_come_without_jax():
     )
     done = outside("-c", code, "--help")
     assert done.returncode == 0 and "--rerun" in done.stdout and "denoising_step_list" in done.stdout
+    assert "rollout.mode" in done.stdout and "5: a cat sits; 10: a cat runs" in done.stdout
     # Processor time: the clock on the wall depends on what else the machine does.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert outside("-m", "infer", "--help").returncode == 0

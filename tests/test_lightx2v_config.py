@@ -4,13 +4,17 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
 
 from configs.flags import load_config
 from configs.lightx2v import read_json, strip_comments, translate
+from x2v_jax.checkpoint.schedules import SCHEDULES
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import VaeConfig, WanConfig
+from x2v_jax.request import Request, resolve
 
 # configs/distill/wan_t2v_distill_4step_cfg.json
 DISTILL = {
@@ -24,6 +28,16 @@ I2V = {
     "infer_steps": 40, "target_video_length": 81, "target_height": 480, "target_width": 832,
     "self_attn_1_type": "flash_attn3", "cross_attn_1_type": "flash_attn3", "cross_attn_2_type": "flash_attn3",
     "seed": 442, "sample_guide_scale": 5, "sample_shift": 3, "enable_cfg": True, "cpu_offload": False,
+}  # fmt: skip
+
+
+# configs/causvid/wan_t2v_causvid.json
+CAUSVID = {
+    "infer_steps": 9, "target_video_length": 81, "target_height": 480, "target_width": 832,
+    "self_attn_1_type": "flash_attn3", "cross_attn_1_type": "flash_attn3", "cross_attn_2_type": "flash_attn3",
+    "seed": 42, "sample_guide_scale": 6, "sample_shift": 8, "enable_cfg": False, "cpu_offload": False,
+    "denoising_step_list": [999, 934, 862, 756, 603, 410, 250, 140, 74],
+    "num_fragments": 3, "num_frames": 21, "num_frame_per_block": 3, "num_blocks": 7, "frame_seq_length": 1560,
 }  # fmt: skip
 
 
@@ -45,6 +59,45 @@ def test_the_baseline_file_means_unipc_with_guidance(tmp_path: pathlib.Path):
     config: Any = load_config(write(tmp_path / "a.json", I2V | {"task": "i2v", "fps": 24}))
     assert (config.num_inference_steps, config.guidance_scale, config.shift) == (40, 5.0, 3.0)
     assert (config.task, config.fps, config.seed, config.denoising_step_list) == ("i2v", 24, 442, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_autoregressive_file_means_fragments_of_an_unwarped_list(tmp_path: pathlib.Path):
+    given: Any = load_config(write(tmp_path / "a.json", CAUSVID))
+    ours: Any = load_config("configs/causvid/wan_t2v_causvid.py")
+    assert given.num_frames is None  # three fragments are longer than target_video_length, which is not looked at
+    for name in (
+        "num_fragments", "rollout_mode", "rollout_window", "num_frame_per_block", "num_blocks", "frame_seq_length",
+        "denoising_step_list", "warp_denoising_step", "guidance_scale", "height", "width", "seed",
+    ):  # fmt: skip
+        assert given[name] == ours[name], name
+    named: Any = load_config(write(tmp_path / "a.json", CAUSVID | {"model_cls": "wan2.1_causvid", "task": "t2v"}))
+    assert named.num_fragments == 3
+
+
+def requested(values: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "a cat"} | translate(values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_autoregressive_file_fits_the_checkpoint_that_it_is_for():
+    networks = {"transformer": WanConfig.t2v_14b(), "vae": VaeConfig()}
+    model: Any = types.SimpleNamespace(
+        task="t2v", variant="causvid", schedule=SCHEDULES["causvid"], config=networks.__getitem__, has=lambda name: True
+    )
+    request = resolve(Request(**requested(CAUSVID)), model)
+    assert request.num_frames == 225 and request.rollout_mode == "fragments" and request.shift == 8
+    for change, message in (
+        ({"frame_seq_length": 3600}, "frame_seq_length is 3600"),
+        ({"target_height": 720, "target_width": 1280}, "45 x 80 = 3600 tokens"),
+        ({"num_blocks": 6, "num_frames": 18, "num_frame_per_block": 3}, None),
+    ):
+        values = requested(CAUSVID | change)
+        if message is None:
+            assert resolve(Request(**values), model).num_frames == 4 * (18 + 2 * 15 - 1) + 1
+        else:
+            with pytest.raises(UserError, match=message):
+                resolve(Request(**values), model)
 
 
 def test_guidance_switched_off_is_scale_one():
@@ -90,8 +143,15 @@ def test_comments_and_trailing_commas_are_allowed(tmp_path: pathlib.Path):
         ({"enable_dynamic_cfg": True, "cfg_scale": 4.0}, "enable_dynamic_cfg is true"),
         ({"feature_caching": "Tea"}, "feature_caching is 'Tea' beside a denoising_step_list"),
         ({"model_cls": "wan2.1"}, "which that class ignores"),
-        ({"model_cls": "hunyuan"}, "this project runs wan2.1 and wan2.1_distill"),
-        ({"num_fragments": 3, "num_blocks": 7}, "num_fragments, num_blocks: settings of autoregressive models"),
+        ({"model_cls": "hunyuan"}, "this project runs wan2.1, wan2.1_distill, wan2.1_causvid"),
+        ({"num_blocks": 7, "model_cls": "wan2.1_distill"}, "beside num_blocks, which are settings of autoregressive"),
+        (
+            {"num_blocks": 7, "num_frame_per_block": 3, "num_frames": 20},
+            "num_frames is 20 latent frames, but num_blocks",
+        ),
+        ({"num_fragments": 0}, "num_fragments is 0; give a whole number"),
+        ({"num_fragments": 3, "task": "i2v"}, "task is 'i2v' in settings of an autoregressive model"),
+        ({"num_fragments": 3, "denoising_step_list": None}, "model_cls is 'wan2.1_causvid' without"),
         ({"denoising_step_list": None, "model_cls": "wan2.1_distill"}, "without its denoising_step_list"),
         ({"denoising_step_list": "1000"}, "give a list such as"),
         ({"lora_configs": 5}, "lora_configs is 5; give a list"),

@@ -11,9 +11,12 @@ import tiny_models
 from flax import nnx
 
 from x2v_jax import Pipeline, memory
+from x2v_jax.diffusion.rollout import Rollout
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.models import functional
 from x2v_jax.models.config import VaeConfig, WanConfig
+from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.request import Request
 
@@ -56,3 +59,38 @@ def test_full_size_plans_are_plausible():
 def test_eight_bit_weights_are_refused_by_name():
     with pytest.raises(UserError, match="stored as int8"):
         memory.device_dtype("transformer", "blocks.ffn.linear_1.kernel", np.int8, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8"])
+def test_the_cache_of_a_block_by_block_video_is_counted_once(kind: str):
+    config = tiny_models.T2V
+    rollout = Rollout(None, config, RolloutPlan((1.0,), window=9), (4, 6), cache_dtype=kind)  # type: ignore[arg-type]
+    shapes = jax.eval_shape(rollout.empty_cache)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    blocks = memory.BlockSizes(block=3, window=9, kv_cache=kind)
+    counted = memory.kv_cache_bytes(dataclasses.replace(config, text_len=0), (9, 4, 6), blocks)
+    assert abs(counted - held) <= 0.1 * held
+    # 1.3B at 480p: 21 frames of 1560 tokens, 30 layers, 1536 wide.
+    full = memory.kv_cache_bytes(WanConfig.t2v_1_3b(), (21, 60, 104), dataclasses.replace(blocks, window=21))
+    assert full > 2 * 30 * 21 * 1560 * 1536 * {"bfloat16": 2, "float32": 4, "int8": 1}[kind]
+
+
+def test_the_plan_of_a_block_by_block_video_does_not_know_its_length(tmp_path: pathlib.Path):
+    pipeline = Pipeline.from_checkpoint(tiny_models.write_checkpoint(tmp_path / "c", schedule=tiny_models.CAUSAL))
+    short, long, endless = (
+        pipeline.plan(pipeline.resolve(Request("a", **fields)))
+        for fields in ({"num_frames": 9}, {"num_frames": 9 + 12 * 999}, {"endless": True})
+    )
+    assert short == long == endless and short.kv_cache > 0
+    assert min(short.phases["denoise"], short.phases["vae"]) > short.kv_cache
+    pictured = pipeline.plan(pipeline.resolve(Request("a", image=np.zeros((32, 48, 3), np.uint8))))
+    assert pictured.phases.keys() == {"text", "image", "denoise", "vae"}
+
+
+def test_what_the_decoder_keeps_is_counted_to_the_byte():
+    for config in (tiny_models.VAE, VaeConfig()):
+        graphdef, params = functional.abstract(lambda config=config: WanVae(config, rngs=nnx.Rngs(0)))
+        latents = jax.ShapeDtypeStruct((1, 1, 4, 6, config.z_dim), jnp.float32)
+        decode = lambda p, z, g=graphdef: functional.merge(g, p).decode_chunk(z)  # noqa: E731
+        _, cache = jax.eval_shape(decode, params, latents)
+        assert sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)) == memory.decoder_cache_bytes(config, (1, 4, 6))

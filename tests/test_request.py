@@ -178,8 +178,10 @@ def test_several_problems_are_told_together():
 
 
 @pytest.mark.parametrize("variant", ["causvid", "self_forcing"])
-def test_autoregressive_checkpoints_are_refused(variant: str):
-    assert "autoregressive" in problem(Request("a cat"), model(DISTILLED, variant=variant))
+def test_an_autoregressive_checkpoint_must_say_how_it_goes_on(variant: str):
+    assert "its schedule does not say how; convert it again" in problem(
+        Request("a cat"), model(DISTILLED, variant=variant)
+    )
 
 
 def test_missing_components_are_named():

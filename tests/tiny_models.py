@@ -7,7 +7,7 @@ import numpy as np
 
 from x2v_jax.checkpoint.names import native_shapes
 from x2v_jax.checkpoint.native_writer import save_native
-from x2v_jax.models.config import ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.config import CausalSchedule, ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
 
 TEXT = Umt5Config(vocab_size=64, dim=24, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8)
 VAE = VaeConfig(dim=4, dim_mult=(1, 1, 1, 2), num_res_blocks=1)
@@ -28,6 +28,17 @@ DISTILLED = Schedule(
     denoising_step_list=(1000, 750, 500, 250),
     **SIZE,
 )
+CAUSAL = Schedule(
+    sampler="step_distill",
+    num_inference_steps=2,
+    shift=5.0,
+    guidance_scale=1.0,
+    denoising_step_list=(1000, 500),
+    height=32,
+    width=48,
+    num_frames=33,
+    causal=CausalSchedule(window=9),
+)
 WORDS = ("a", "red", "circle", "moves", "left", "right", "blue", "square", "bad")
 
 
@@ -41,9 +52,10 @@ def write_checkpoint(
     tokenizer = path.parent / f"{path.name}-tokenizer.json"
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(tokenizer)
+    variant = "self_forcing" if schedule.causal else "distill" if schedule.is_distilled else "base"
     arguments: dict[str, Any] = {
         "task": "i2v" if image else "t2v",
-        "variant": "distill" if schedule.is_distilled else "base",
+        "variant": variant,
         "schedule": schedule,
         "components": {name: (config, random_parameters(name, config)) for name, config in configs.items()},
         "tokenizer_file": tokenizer,

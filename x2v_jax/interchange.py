@@ -41,6 +41,45 @@ def read_noise(path: Path, shape: Sequence[int], num_steps: int | None) -> tuple
     return np.moveaxis(noise, 0, -1), np.moveaxis(renoise, 1, -1)
 
 
+class BlockNoise:
+    """The noise of a block-by-block video from a file, read block by block.
+
+    Args:
+        path: safetensors with `noise` [blocks, frames, C, H, W] and optionally `renoise`, [blocks, num_steps - 1,
+            frames, C, H, W].
+        num_blocks: how many blocks are made.
+        shape: [frames, H, W, C] of a block.
+
+    Raises:
+        UserError: no such tensor, another shape, or values that are not finite.
+    """
+
+    def __init__(self, path: Path, num_blocks: int, shape: Sequence[int], num_steps: int):
+        self._tensors = _read(path, "initial_noise", {"noise", "renoise"}, required="noise")
+        frames, height, width, channels = shape
+        one = (frames, channels, height, width)
+        expected = {"noise": (num_blocks, *one), "renoise": (num_blocks, num_steps - 1, *one)}
+        for name, tensor in self._tensors.items():
+            _check_shape(name, tensor, path, expected[name])
+            for block in tensor.read():
+                _check_finite(name, block, path)
+
+    @property
+    def has_renoise(self) -> bool:
+        return "renoise" in self._tensors
+
+    def noise(self, block: int) -> np.ndarray:
+        """float32 [frames, H, W, C]: what a block starts from."""
+        return self._block("noise", block)
+
+    def renoise(self, block: int) -> np.ndarray:
+        """float32 [num_steps - 1, frames, H, W, C]: what is added to it between steps."""
+        return self._block("renoise", block)
+
+    def _block(self, name: str, block: int) -> np.ndarray:
+        return np.moveaxis(np.asarray(self._tensors[name].read()[block], np.float32), -3, -1)
+
+
 def read_text_embeddings(path: Path, text_len: int, text_dim: int) -> dict[str, np.ndarray]:
     """`text` and, where it is there, `negative_text`: each [L, text_dim] with L <= text_len, padded with zeros.
 
@@ -63,20 +102,34 @@ def read_text_embeddings(path: Path, text_len: int, text_dim: int) -> dict[str, 
     return result
 
 
-def write_latents(path: Path, latents: np.ndarray) -> None:
+def write_latents(
+    path: Path,
+    latents: np.ndarray,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    context: np.ndarray | None = None,
+) -> None:
     """Writes `latents` [C, F, H, W] from [F, H, W, C], float32. Missing folders are made.
+
+    Args:
+        latents: may be a memory map: it is read channel by channel.
+        metadata: for the header; `Block.state` makes it a file that `continue_from` takes.
+        context: the latents before these, [f, H, W, C], where the video continues another.
 
     Raises:
         UserError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    values = np.ascontiguousarray(np.moveaxis(latents, -1, 0), np.float32)
+    arrays = {"latents": latents} | ({} if context is None else {"context": context})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"save_latents: {path} cannot be written: {error.strerror}; choose another place") from None
-    with SafetensorsWriter(path, {"latents": (values.shape, values.dtype)}) as writer:
-        writer.write("latents", values)
+    specs = {name: ((a.shape[-1], *a.shape[:-1]), np.float32) for name, a in arrays.items()}
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        for name, array in arrays.items():
+            for channel in range(array.shape[-1]):
+                writer.write_part(name, channel, np.ascontiguousarray(array[..., channel], np.float32))
 
 
 def _read(path: Path, field: str, known: set[str], *, required: str) -> dict[str, LazyTensor]:
@@ -95,9 +148,18 @@ def _read(path: Path, field: str, known: set[str], *, required: str) -> dict[str
 
 def _values(tensors: Mapping[str, LazyTensor], name: str, path: Path, shape: Sequence[int]) -> np.ndarray:
     tensor = tensors[name]
+    _check_shape(name, tensor, path, shape)
+    values = np.asarray(tensor.read(), np.float32)
+    _check_finite(name, values, path)
+    return values
+
+
+def _check_shape(name: str, tensor: LazyTensor, path: Path, shape: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise UserError(f"{name} of {path} is {list(tensor.shape)}; this request needs {list(shape)}")
-    values = np.asarray(tensor.read(), np.float32)
-    if not np.isfinite(values).all():
+
+
+def _check_finite(name: str, values: np.ndarray, path: Path) -> None:
+    # As float32: NumPy does not know whether 8-bit floats are finite.
+    if not np.isfinite(np.asarray(values, np.float32)).all():
         raise UserError(f"{name} of {path} holds NaN or infinity; write it again")
-    return values

@@ -4,10 +4,12 @@ Weights are counted exactly. Activations are estimated with factors that were fi
 programs (`tests/test_memory.py` holds the prediction against such reports); they are a guide, not a promise.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -48,14 +50,31 @@ class MemoryPlan:
 
     weights: by component, as loaded.
     phases: weights and activations together, of "text", "image", "denoise" and "vae".
+    kv_cache: of block-by-block models, what the phases "denoise" and "vae" hold of it.
     """
 
     weights: dict[str, int]
     phases: dict[str, int]
+    kv_cache: int = 0
 
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """What the memory of a block-by-block video depends on; its length is not among it. Counts are of latent frames.
+
+    block, window: as in `rollout_plan.RolloutPlan`.
+    kv_cache: "bfloat16", "float32" or "int8".
+    encoded: given frames that the VAE encodes first, of an image or a video.
+    """
+
+    block: int
+    window: int
+    kv_cache: str
+    encoded: int = 0
 
 
 def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype:
@@ -94,6 +113,7 @@ def plan(
     vae_decode: str = "auto",
     with_text_encoder: bool = True,
     on_cpu: bool = False,
+    blocks: BlockSizes | None = None,
 ) -> MemoryPlan:
     """Predicts the memory of one video.
 
@@ -104,6 +124,7 @@ def plan(
         guided: whether there are two passes a step.
         with_text_encoder: False where text embeddings are given.
         on_cpu: count the process itself, as `peak_bytes` does there.
+        blocks: for models that make a video block by block.
     """
     weights = {name: weight_bytes(checkpoint, name, dtype) for name in configs if checkpoint.has(name)}
     if not with_text_encoder:
@@ -120,14 +141,26 @@ def plan(
         encode = encode_bytes(vae_config, latents, encode_method(vae_config, latents))
         work = max(clip_bytes(configs["image_encoder"], size), encode)
         phases["image"] = encoders + vae + work
-    batch = 2 if guided and not sequential_guidance else 1
-    phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
-    if wan.model_type == "i2v":
-        phases["denoise"] += vae  # loaded for the image already
-    method = decode_method(vae_config, latents, None) if vae_decode == "auto" else vae_decode
-    phases["vae"] = kept + transformer + vae + decode_bytes(vae_config, latents, method)
+    if blocks is not None and blocks.encoded:
+        given = (blocks.encoded, *latents[1:])
+        phases["image"] = kept + vae + encode_bytes(vae_config, given, encode_method(vae_config, given))
+    cache = 0
+    if blocks is not None:
+        cache = kv_cache_bytes(wan, latents, blocks)
+        own = denoise_bytes(wan, (blocks.block, *latents[1:]), 1, size, on_cpu=on_cpu, window=blocks.window)
+        resident = kept + transformer + vae + cache
+        phases["denoise"] = resident + own + decoder_cache_bytes(vae_config, latents)
+        method = "tiled" if vae_decode == "tiled" else "stream"
+        phases["vae"] = resident + decode_bytes(vae_config, (2, *latents[1:]), method)
+    else:
+        batch = 2 if guided and not sequential_guidance else 1
+        phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
+        if wan.model_type == "i2v":
+            phases["denoise"] += vae  # loaded for the image already
+        method = decode_method(vae_config, latents, None) if vae_decode == "auto" else vae_decode
+        phases["vae"] = kept + transformer + vae + decode_bytes(vae_config, latents, method)
     base = _PROCESS if on_cpu else 0
-    return MemoryPlan(weights, {name: base + value for name, value in phases.items()})
+    return MemoryPlan(weights, {name: base + value for name, value in phases.items()}, cache)
 
 
 def weight_bytes(checkpoint: Weights, component: str, dtype: str) -> int:
@@ -138,7 +171,9 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str) -> int:
     )
 
 
-def denoise_bytes(config: WanConfig, latents: Sequence[int], batch: int, size: int, *, on_cpu: bool = False) -> int:
+def denoise_bytes(
+    config: WanConfig, latents: Sequence[int], batch: int, size: int, *, on_cpu: bool = False, window: int | None = None
+) -> int:
     """Activations of one pass of the transformer.
 
     Args:
@@ -146,13 +181,27 @@ def denoise_bytes(config: WanConfig, latents: Sequence[int], batch: int, size: i
         batch: 2 with guidance in one pass.
         size: bytes of an element in matmuls.
         on_cpu: scores of attention are not counted: there they are made in blocks that the cache holds.
+        window: latent frames that are attended to, where these are not `latents`' own.
     """
     length = math.prod(n // p for n, p in zip(latents, config.patch_size, strict=True))
-    tokens, scores = batch * length, batch * config.num_heads * length * length * 4
+    keys = length if window is None else length // latents[0] * window
+    tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
     # Residual stream, its normalised copy, and the gated sum in float32; q, k, v and the attention's result.
     per_token = config.dim * (3 * 4 + 3 * 4 + 4 * size) + config.ffn_dim * 2 * size
     elements = math.prod(latents) * config.in_dim * batch
     return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
+
+
+def kv_cache_bytes(config: WanConfig, latents: Sequence[int], blocks: BlockSizes) -> int:
+    """The cache of `diffusion.kv_cache`: keys and values of a window in every layer, and those of the prompt.
+
+    Args:
+        latents: frames, height, width; the frames do not matter.
+    """
+    tokens = math.prod(n // p for n, p in zip(latents[1:], config.patch_size[1:], strict=True))
+    width = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / config.head_dim}[blocks.kv_cache]
+    rows = 2 * config.num_layers * config.dim
+    return int(rows * (blocks.window * tokens * width + config.text_len * min(width, 2.0)))
 
 
 def text_bytes(config: Umt5Config, length: int, size: int) -> int:
@@ -178,6 +227,33 @@ def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str) -> int:
     return config.temporal_stride * picture * _PIECE_PICTURES
 
 
+def decoder_cache_bytes(config: VaeConfig, latents: Sequence[int]) -> int:
+    """What the VAE's decoder keeps from one chunk of frames to the next, float32. latents: frames, height, width."""
+    pixels = latents[1] * latents[2]
+    return sum(4 * 2 * channels * pixels * scale**2 for channels, _, scale in _decoder_caches(config))
+
+
+def decoder_reach(config: VaeConfig) -> int:
+    """How many latent frames before a frame have an influence on how it is decoded."""
+    return math.ceil(sum(2 / rate for _, rate, _ in _decoder_caches(config)))
+
+
+def _decoder_caches(config: VaeConfig) -> list[tuple[int, int, int]]:
+    """(channels, frames a latent frame, pixels a latent's side) of each convolution in time, which keeps two frames."""
+    widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    rate = scale = 1
+    caches = [(config.z_dim, 1, 1)] + [(widths[0], 1, 1)] * 4
+    for i, (width, out) in enumerate(itertools.pairwise(widths)):
+        first = width if i == 0 else width // 2
+        caches += [(first, rate, scale)] + [(out, rate, scale)] * (2 * config.num_res_blocks + 1)
+        if i < len(config.dim_mult) - 1:
+            if config.temporal_downsample[-1 - i]:
+                caches.append((out, rate, scale))
+                rate *= 2
+            scale *= 2
+    return [*caches, (widths[-1], rate, scale)]
+
+
 def encode_bytes(config: VaeConfig, latents: Sequence[int], method: str = "whole") -> int:
     """Activations of the VAE's encoder, float32, for "whole" or "stream". latents: frames, height, width."""
     return decode_bytes(config, latents, method)
@@ -193,6 +269,24 @@ def decode_method(config: VaeConfig, latents: Sequence[int], free: int | None) -
     if decode_bytes(config, latents, "whole") <= WHOLE_LIMIT:
         return "whole"
     return "tiled" if free is not None and decode_bytes(config, latents, "stream") > free else "stream"
+
+
+@contextlib.contextmanager
+def explained(plan: MemoryPlan) -> Iterator[None]:
+    """Turns jax's error on full memory into a UserError that says what to change."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fix = "height, width or num_frames, set vae_decode to 'tiled', or set sequential_guidance"
+        if plan.kv_cache:
+            fix = "height, width or rollout_window, set vae_decode to 'tiled', or set kv_cache to 'int8'"
+        raise UserError(
+            f"the device's memory does not suffice ({plan.peak / 1e9:.1f} GB predicted); ask for a smaller {fix}"
+        ) from error
 
 
 def peak_bytes() -> int:

@@ -1,13 +1,14 @@
 """Prompt or image -> frames: the one place that knows the order of the parts.
 
-tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames.
+tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames. Models
+that make a video block by block go through `streaming` instead of a sampler.
 """
 
 import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Self
 
 import jax
@@ -17,15 +18,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, UInt8
 
 from x2v_jax import interchange, memory
-from x2v_jax.checkpoint import lora, names, store
+from x2v_jax.block_inputs import BlockInputs, block_sizes, read_inputs
+from x2v_jax.checkpoint import store
 from x2v_jax.clock import Clock
 from x2v_jax.denoising import Conditions, Denoiser, OnStep
 from x2v_jax.diffusion import image_condition, noise, step_distill, unipc
 from x2v_jax.errors import UserError
 from x2v_jax.image_conditioner import ImageConditioner
-from x2v_jax.networks import Network
+from x2v_jax.networks import Lora, Network, describe_networks
 from x2v_jax.prompts import PromptEncoder
 from x2v_jax.request import Request, latent_shape, resolve
+from x2v_jax.streaming import Block, BlockStreamer, collect
 from x2v_jax.vae_runner import DecodeMethod, VaeRunner
 
 Frames = UInt8[np.ndarray, "f h w 3"]
@@ -62,7 +65,7 @@ class Pipeline:
         checkpoint: store.NativeCheckpoint,
         *,
         dtype: DTypeLike = "bfloat16",
-        loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+        loras: Sequence[Lora] = (),
         keep_encoders: bool = False,
         allow_mismatch: bool = False,
         sequential_guidance: bool = False,
@@ -80,10 +83,10 @@ class Pipeline:
         self.allow_mismatch = allow_mismatch
         self.sequential_guidance = sequential_guidance
         self.vae_decode: DecodeMethod = vae_decode
-        self.lora_report: lora.LoraReport | None = None
         self._has_loras = bool(loras)
-        self._networks = self._describe_networks(loras)
+        self._networks, self.lora_report = describe_networks(checkpoint, loras, dtype=dtype)
         self._denoiser: Denoiser | None = None
+        self._streamer: BlockStreamer | None = None
         self._vae: VaeRunner | None = None
         self._prompt_encoder: PromptEncoder | None = None
         self._image_conditioner: ImageConditioner | None = None
@@ -117,15 +120,50 @@ class Pipeline:
         """
         return self.generate(Request.of(prompt, fields)).frames
 
+    def stream(self, prompt: str, **fields: Any) -> Generator[Frames]:
+        """Makes one video block by block: uint8 [f, H, W, 3], each block as soon as it is there.
+
+        >>> for frames in pipe.stream("a red circle moves left", seconds=10.0): ...  # doctest: +SKIP
+
+        Args:
+            fields: those of `Request`.
+
+        Raises:
+            UserError: as `stream_blocks`.
+        """
+        blocks = self.stream_blocks(Request.of(prompt, fields))
+
+        def frames() -> Generator[Frames]:
+            with contextlib.closing(blocks):
+                for block in blocks:
+                    yield block.frames
+
+        return frames()
+
+    def stream_blocks(self, request: Request) -> Generator[Block]:
+        """Makes one video block by block. Closing the iterator ends it at any block; latents are then saved up to it.
+
+        Block k is handed out while block k + 1 is being made, and before block k + 2 is begun.
+
+        Args:
+            request: resolved or not.
+
+        Raises:
+            UserError: at once where the checkpoint does not make videos block by block, the request does not fit, or a
+                file that it names does not; on the way where memory does not suffice or a block is not finite.
+        """
+        request = self.resolve(request)
+        inputs = read_inputs(request, self.checkpoint, allow_mismatch=self.allow_mismatch)
+        return self._stream_blocks(request, inputs)
+
     def resolve(self, request: Request) -> Request:
         """`request.resolve` with this pipeline's checkpoint and settings."""
         return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=self.allow_mismatch)
 
-    def output_size(self, request: Request) -> tuple[int, int, int]:
-        """Frames, height and width in pixels of the video that a resolved request gives."""
+    def output_size(self, request: Request) -> tuple[int | None, int, int]:
+        """Frames (None: endless), height and width in pixels of the video that a resolved request gives."""
         _, height, width, _ = self._latent_shape(request)
         stride = self._network("vae").config.spatial_stride
-        assert request.num_frames is not None  # resolved
         return request.num_frames, height * stride, width * stride
 
     def plan(self, request: Request) -> memory.MemoryPlan:
@@ -141,6 +179,7 @@ class Pipeline:
             vae_decode=self.vae_decode,
             with_text_encoder=request.text_embeddings is None,
             on_cpu=jax.default_backend() == "cpu",
+            blocks=block_sizes(request, self.checkpoint.schedule.causal, self.dtype),
         )
 
     def prepare(self, requests: Sequence[Request]) -> float:
@@ -166,32 +205,59 @@ class Pipeline:
             request: resolved or not.
             on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
                 memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
-                exception from it ends the run.
+                exception from it ends the run. Where a video is made block by block, it is called after each block with
+                (block from 0, number of blocks, its latents [1, f, h, w, C]).
 
         Raises:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
         """
         request = self.resolve(request)
+        if self.checkpoint.schedule.causal is not None:
+            return self._generate_blocks(request, on_step)
         plan = self.plan(request)
         clock = Clock()
-        try:
-            with self._precision():
-                latents = self._latents(request, clock, on_step)
-                if request.save_latents is not None:
-                    interchange.write_latents(request.save_latents, np.asarray(latents[0]))
-                with clock("load"):
-                    self._network("vae").load()
-                with clock("vae"):
-                    frames = self._vae_runner().decode(latents)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"the device's memory does not suffice ({plan.peak / 1e9:.1f} GB predicted); ask for a smaller height, "
-                "width or num_frames, set vae_decode to 'tiled', or set sequential_guidance"
-            ) from error
+        with memory.explained(plan), self._precision():
+            latents = self._latents(request, clock, on_step)
+            if request.save_latents is not None:
+                interchange.write_latents(request.save_latents, np.asarray(latents[0]))
+            with clock("load"):
+                self._network("vae").load()
+            with clock("vae"):
+                frames = self._vae_runner().decode(latents)
         peak = memory.peak_bytes()
         return Result(frames, np.asarray(latents[0]), request, dict(clock.seconds), plan, peak)
+
+    def _generate_blocks(self, request: Request, on_step: OnStep | None) -> Result:
+        if request.endless:
+            raise UserError(
+                "endless is True, and there is no end to wait for; use stream, or say seconds or num_frames"
+            )
+        inputs = read_inputs(request, self.checkpoint, allow_mismatch=self.allow_mismatch)
+        frames, latents, seconds = collect(self._stream_blocks(request, inputs), inputs, on_step)
+        return Result(frames, latents, request, seconds, self.plan(request), memory.peak_bytes())
+
+    def _stream_blocks(self, request: Request, inputs: BlockInputs) -> Generator[Block]:
+        given = None if request.text_embeddings is None else [self._texts_from_file(request)["text"]]
+
+        def blocks() -> Generator[Block]:
+            clock = Clock()
+            texts = given or self._texts_of(_prompts(request), clock)
+            self._release_encoders()
+            if self._streamer is None:
+                self._streamer = BlockStreamer(self._network("transformer"), self._vae_runner(), self.dtype)
+            yield from self._streamer.stream(request, inputs, texts, clock)
+
+        return self._each(blocks, self.plan(request))
+
+    def _each(self, start: Callable[[], Generator[Block]], plan: memory.MemoryPlan) -> Generator[Block]:
+        """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
+        with contextlib.closing(start()) as blocks:
+            while True:
+                with memory.explained(plan), self._precision():
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                yield block
 
     def _latents(self, request: Request, clock: Clock, on_step: OnStep | None) -> Array:
         initial, renoise = self._noise(request)  # first, so that a file that does not fit costs no loading
@@ -233,11 +299,8 @@ class Pipeline:
         return jnp.asarray(initial)[None], key if renoise is None else renoise
 
     def _conditions(self, request: Request, clock: Clock) -> Conditions:
-        transformer = self._network("transformer").config
         if request.text_embeddings is not None:
-            texts = interchange.read_text_embeddings(
-                request.text_embeddings, transformer.text_len, transformer.text_dim
-            )
+            texts = self._texts_from_file(request)
             given = [texts["text"]]
             if request.is_guided:
                 negative = texts.get("negative_text")
@@ -251,8 +314,15 @@ class Pipeline:
         conditions = Conditions(text, np.float32(request.guidance_scale))
         if self.checkpoint.task != "i2v":
             return conditions
-        features, latents = self._images()(request.image, self.output_size(request), clock)
+        frames, height, width = self.output_size(request)
+        assert frames is not None  # only block-by-block videos are endless
+        features, latents = self._images()(request.image, (frames, height, width), clock)
         return conditions._replace(image_features=features, image_latents=latents)
+
+    def _texts_from_file(self, request: Request) -> dict[str, np.ndarray]:
+        assert request.text_embeddings is not None
+        transformer = self._network("transformer").config
+        return interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
 
     def _texts_of(self, prompts: Sequence[str], clock: Clock) -> list[np.ndarray]:
         if self._prompt_encoder is None:
@@ -266,19 +336,6 @@ class Pipeline:
             assert request.height and request.width  # resolved
             height, width = self._images().latent_size(request.image, request.height * request.width)
         return frames, height, width, channels
-
-    def _describe_networks(self, loras: Sequence[Any]) -> dict[str, Network]:
-        networks = {}
-        for name in ("transformer", "vae", "text_encoder", "image_encoder"):
-            if not self.checkpoint.has(name):
-                continue
-            tensors = self.checkpoint.tensors(name)
-            if name == "transformer" and loras:
-                files = [(lora.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
-                rows = names.table(name, self.checkpoint.config(name))
-                tensors, self.lora_report = lora.merge_into_native(tensors, files, rows)
-            networks[name] = Network(name, self.checkpoint.config(name), tensors, dtype=self.dtype)
-        return networks
 
     def _network(self, name: str) -> Network:
         if name not in self._networks:
@@ -316,9 +373,6 @@ class Pipeline:
 
 
 def _prompts(request: Request) -> list[str]:
-    """The texts to encode: with guidance the negative prompt first."""
-    return [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
-
-
-def _lora_pair(entry: Any) -> tuple[Any, float]:
-    return (entry[0], float(entry[1])) if isinstance(entry, tuple | list) else (entry, 1.0)
+    """The texts to encode: with guidance the negative prompt first; then those that come later in the video."""
+    first = [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
+    return [*first, *(prompt for _, prompt in request.prompt_schedule)]

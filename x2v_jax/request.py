@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
+from x2v_jax import request_rollout
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig
 from x2v_jax.request_checks import (
     MAX_SEED,
     Model,
-    as_config,
     component_problems,
     field_problems,
     noise_level_problems,
@@ -26,6 +26,7 @@ from x2v_jax.request_checks import (
     size_problems,
     task_problems,
 )
+from x2v_jax.request_fields import as_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,33 @@ class Request:
     initial_noise: safetensors file with `noise` [C, F, H, W] and optionally `renoise` [steps - 1, C, F, H, W].
     text_embeddings: safetensors file with `text` [L, D] and, for guidance, `negative_text`; replaces the text encoder.
     save_latents: file to write `latents` [C, F, H, W] to, as they are before the VAE.
+
+    For checkpoints that make a video block by block (Schedule.causal). There num_frames is 4n+1 for whole blocks of
+    latent frames (9, 21, 33, … for blocks of 3), and a multiple of 4 blocks where it continues a video.
+
+    image: the first frame of the video, scaled to fill height x width and cropped at the sides that stick out. A model
+        whose first frame is a block of its own takes it as that block. Others take whole blocks only: the picture is
+        held still for the first block (9 frames of a block of 3), which is part of the video.
+    rollout_mode: how the video goes on past rollout_window: "full" does not, "sliding" forgets the oldest frames,
+        "fragments" starts cache and positions again from the last block; see `rollout_plan.RolloutPlan`.
+    rollout_window, rollout_sink: latent frames that the network sees at most, and of these the first ones of the video
+        that are never forgotten ("sliding" only).
+    rollout_positions: "relative" or "absolute" positions of the sink.
+    context_noise: timestep at which a finished block is shown to later ones, 0 to 1000; -1: they see it as its last
+        step left it, noisy (LightX2V).
+    seconds: the length, rounded up to whole blocks, instead of num_frames. endless: until the caller stops.
+    continue_from: safetensors file of an earlier `save_latents` of this model and size, or an mp4 of this size, whose
+        frames are encoded. Its last blocks are what the network sees first; they are not part of the new video.
+    prompt_schedule: (second, prompt) pairs: the prompt of the first block that starts at that second of the new video
+        or later, and of the blocks after it. What the network sees of the video is then shown to it again under the
+        new prompt (LongLive, arXiv:2509.22622).
+    kv_cache: what keys and values are kept in, "bfloat16", "float32" or "int8"; None: as the network computes.
+    num_fragments, num_frame_per_block, num_blocks, frame_seq_length: LightX2V's names for the number of windows of a
+        "fragments" video, the latent frames of a block, the blocks of a window, and the tokens of a latent frame.
+        They are checked against the checkpoint and the size.
+    save_latents of an endless video keeps what a continuation needs: the last blocks.
+    initial_noise: `noise` [blocks, frames, C, H, W] and optionally `renoise` [blocks, steps - 1, frames, C, H, W], for
+        the blocks that are made (not for the image); of a first block of one frame, the first frame counts.
     """
 
     prompt: str = ""
@@ -64,6 +92,20 @@ class Request:
     initial_noise: str | os.PathLike[str] | None = None
     text_embeddings: str | os.PathLike[str] | None = None
     save_latents: str | os.PathLike[str] | None = None
+    rollout_mode: str | None = None
+    rollout_window: int | None = None
+    rollout_sink: int | None = None
+    rollout_positions: str | None = None
+    context_noise: float | None = None
+    seconds: float | None = None
+    endless: bool = False
+    continue_from: str | os.PathLike[str] | None = None
+    prompt_schedule: tuple[tuple[float, str], ...] = ()
+    kv_cache: str | None = None
+    num_fragments: int | None = None
+    num_frame_per_block: int | None = None
+    num_blocks: int | None = None
+    frame_seq_length: int | None = None
 
     @property
     def is_step_distill(self) -> bool:
@@ -115,20 +157,36 @@ def resolve(request: Request, model: Model, *, has_loras: bool = False, allow_mi
     if not allow_mismatch:
         problems += schedule_problems(request, schedule, has_loras)
     problems += task_problems(request, model)
+    causal = schedule.causal
+    if causal is not None:
+        problems += request_rollout.conflict_problems(request, model, causal, allow_mismatch)
     resolved = _fill(request, schedule)
+    if causal is not None:
+        resolved = request_rollout.fill(dataclasses.replace(resolved, num_frames=request.num_frames), model, causal)
     problems += size_problems(resolved, model)
     problems += noise_level_problems(resolved)
+    if causal is not None and not problems:
+        problems += request_rollout.rollout_problems(resolved, model, causal)
     if problems:
         raise UserError(_join(problems))
     _warn(request, resolved)
-    return resolved
+    return resolved if causal is None else request_rollout.settled(resolved)
 
 
 def latent_shape(request: Request, model: Model) -> tuple[int, int, int, int]:
-    """Text-to-video: [frames, height, width, channels] of the latents of a resolved request."""
-    assert request.height and request.width and request.num_frames  # resolved
+    """Text-to-video: [frames, height, width, channels] of the latents of a resolved request.
+
+    Block by block, these are the frames of the video without those that it continues, and of an endless one those of a
+    window.
+    """
+    assert request.height and request.width  # resolved
     vae = as_config(VaeConfig, model.config("vae"))
-    frames = (request.num_frames - 1) // vae.temporal_stride + 1
+    if model.schedule.causal is not None:
+        frames = request_rollout.new_latent_frames(request, model) or request.rollout_window
+    else:
+        assert request.num_frames  # resolved
+        frames = (request.num_frames - 1) // vae.temporal_stride + 1
+    assert frames
     return frames, request.height // vae.spatial_stride, request.width // vae.spatial_stride, vae.z_dim
 
 

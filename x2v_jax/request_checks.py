@@ -1,15 +1,16 @@
 """What can be wrong with a request: each function lists sentences that name the field, its value and the fix."""
 
 import math
-import operator
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from x2v_jax import request_rollout
 from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
+from x2v_jax.request_fields import as_config, real_problems, whole_problems
 
 if TYPE_CHECKING:
     from x2v_jax.request import Request
@@ -33,56 +34,29 @@ class Model(Protocol):
     def has(self, component: str) -> bool: ...
 
 
-def as_config(cls: type, value: Any) -> Any:
-    return value if isinstance(value, cls) else cls.from_dict(value)
-
-
 def field_problems(request: "Request") -> list[str]:
     """Types and ranges that hold for every model."""
     problems = [
-        *_whole(request, "height", 1, 1 << 20),
-        *_whole(request, "width", 1, 1 << 20),
-        *_whole(request, "num_frames", 1, 1 << 20),
-        *_whole(request, "fps", 1, 240),
-        *_whole(request, "num_inference_steps", 1, 1000),
-        *_whole(request, "seed", 0, MAX_SEED),
-        *_real(request, "guidance_scale", 0.0, 100.0),
-        *_real(request, "shift", 0.01, 100.0),
+        *whole_problems(request, "height", 1, 1 << 20),
+        *whole_problems(request, "width", 1, 1 << 20),
+        *whole_problems(request, "num_frames", 1, 1 << 23),
+        *whole_problems(request, "fps", 1, 240),
+        *whole_problems(request, "num_inference_steps", 1, 1000),
+        *whole_problems(request, "seed", 0, MAX_SEED),
+        *real_problems(request, "guidance_scale", 0.0, 100.0),
+        *real_problems(request, "shift", 0.01, 100.0),
         *_step_list_problems(request.denoising_step_list),
+        *request_rollout.type_problems(request),
     ]
     for name in ("prompt", "negative_prompt"):
         value = getattr(request, name)
         if not isinstance(value, str) and not (name == "negative_prompt" and value is None):
             problems.append(f"{name} is {value!r}; give one string (one request makes one video)")
-    for name in ("image", "initial_noise", "text_embeddings"):
+    for name in ("image", "initial_noise", "text_embeddings", "continue_from"):
         value = getattr(request, name)
         if isinstance(value, str | os.PathLike) and not pathlib.Path(value).is_file():
             problems.append(f"{name} is {os.fspath(value)!r}, but there is no such file; mend the path")
     return problems
-
-
-def _whole(request: "Request", name: str, low: int, high: int) -> list[str]:
-    value = getattr(request, name)
-    if value is None:
-        return []
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        return [f"{name} is {value!r}; give a whole number"]
-    return [] if low <= number <= high else [f"{name} is {number}; give a whole number from {low} to {high}"]
-
-
-def _real(request: "Request", name: str, low: float, high: float) -> list[str]:
-    value = getattr(request, name)
-    if value is None:
-        return []
-    try:
-        number = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    return [] if low <= number <= high else [f"{name} is {value!r}; give a number from {low:g} to {high:g}"]
 
 
 def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
@@ -138,18 +112,21 @@ def schedule_problems(request: "Request", schedule: Schedule, has_loras: bool) -
 
 def task_problems(request: "Request", model: Model) -> list[str]:
     problems = []
-    if model.variant in ("causvid", "self_forcing"):
+    causal = model.schedule.causal is not None
+    if model.variant in ("causvid", "self_forcing") and not causal:
         problems.append(
-            f"the checkpoint's variant is {model.variant!r}, an autoregressive model, which this pipeline does not "
-            "sample; use a checkpoint of variant 'base' or 'distill'"
+            f"the checkpoint's variant is {model.variant!r}, which makes videos block by block, but its schedule does "
+            "not say how; convert it again"
         )
+    if not causal:
+        problems += request_rollout.whole_video_problems(request)
     if model.task == "i2v" and request.image is None:
         problems.append("image is missing, and this is an image-to-video checkpoint; give the path of an image")
-    if model.task == "t2v" and request.image is not None:
+    if model.task == "t2v" and request.image is not None and not causal:
         problems.append(
             "image is given, but this is a text-to-video checkpoint and would ignore it; leave it out or use an i2v one"
         )
-    if model.task == "t2v" and request.pin_first_frame:
+    if model.task == "t2v" and request.pin_first_frame and not causal:
         problems.append("pin_first_frame is set, but this is a text-to-video checkpoint without an image; leave it out")
     steps, count = request.denoising_step_list, request.num_inference_steps
     if steps is not None and count is not None and count != len(steps):
@@ -174,6 +151,8 @@ def size_problems(request: "Request", model: Model) -> list[str]:
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.
         fits = model.task == "i2v" or value % step == 0
         problems += _multiple_problem(name, value, step, 0, fits and value >= step, f"multiples of {step}")
+    if model.schedule.causal is not None:  # whole blocks: `request_rollout` says which
+        return problems
     step = vae.temporal_stride * patch[0]
     frames: int = request.num_frames  # type: ignore[assignment]
     fits = (frames - 1) % step == 0

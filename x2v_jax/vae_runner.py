@@ -33,6 +33,7 @@ class VaeRunner:
         self._decode = jax.jit(lambda params, latents: to_uint8(self._merge(params).decode(latents)))
         self._decode_chunk = jax.jit(self._chunk(to_uint8), donate_argnums=(2,))
         self._decode_chunk_float = jax.jit(self._chunk(lambda video: video), donate_argnums=(2,))
+        self._latent_frame = jax.jit(lambda latents, i: jax.lax.dynamic_slice_in_dim(latents, i, 1, axis=1))
         self._encode = jax.jit(lambda params, video: self._merge(params).encode(video))
         self._encode_chunk = jax.jit(
             lambda params, video, cache: self._merge(params).encode_chunk(video, cache), donate_argnums=(2,)
@@ -72,6 +73,12 @@ class VaeRunner:
             pieces.append(latents)
         return jnp.concatenate(pieces, axis=1)
 
+    def stream(self, latent_size: tuple[int, int]) -> "StreamDecoder":
+        """A decoder for latents of so many rows and columns that come bit by bit. "whole" is then "stream"."""
+        config, free = self.network.config, memory.device_bytes_free()
+        lacking = free is not None and memory.decode_bytes(config, (2, *latent_size), "stream") > free
+        return StreamDecoder(self, tiled=self.method == "tiled" or (self.method == "auto" and lacking))
+
     def _merge(self, params: functional.Params) -> Any:
         return functional.merge(self.network.graphdef, params)
 
@@ -81,3 +88,43 @@ class VaeRunner:
             return finish(video), cache
 
         return decode_chunk
+
+
+class StreamDecoder:
+    """Decodes a video whose latents come bit by bit, as if they had come at once. From `VaeRunner.stream`.
+
+    It holds the convolutions' last frames and nothing else, however long the video.
+    """
+
+    def __init__(self, runner: VaeRunner, *, tiled: bool):
+        self._runner = runner
+        self._params = runner.network.load()
+        self._tiled = tiled
+        # One for the whole picture, or one for each tile.
+        self._caches: list[Any] = [None]
+
+    def __call__(self, latents: Float[Array, "1 f h w c"]) -> list[UInt8[Array | np.ndarray, "1 _ H W 3"]]:
+        """The next latent frames -> their frames, in pieces: one frame for the video's first, else four, of each.
+
+        Pieces on the device may still be in the making.
+        """
+        # One latent frame at a time: two programs serve blocks of any length.
+        decode = self._decode_tiled if self._tiled else self._decode
+        return [decode(self._runner._latent_frame(latents, np.int32(i))) for i in range(latents.shape[1])]
+
+    def _decode(self, latents: Array) -> Array:
+        frames, self._caches[0] = self._runner._decode_chunk(self._params, latents, self._caches[0])
+        return frames
+
+    def _decode_tiled(self, latents: Array) -> np.ndarray:
+        before, after = iter(self._caches), []
+
+        def decode_tile(tile: Any) -> Any:
+            video, cache = self._runner._decode_chunk_float(self._params, tile, next(before, None))
+            after.append(cache)
+            return video
+
+        stride = self._runner.network.config.spatial_stride
+        frames = to_uint8(decode_tiled(decode_tile, np.asarray(latents), stride=stride))
+        self._caches = after
+        return frames

@@ -31,7 +31,9 @@ _MIN_LOOKAHEAD_SIZE = 128  # pixels
 _METADATA_KEY = "comment"  # one of the few tags that mp4 players and editors keep
 
 
-def encode_video(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> bytes:
+def encode_video(
+    frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None, *, movflags: str = ""
+) -> bytes:
     """An mp4 as bytes: H.264, yuv420p, BT.709.
 
     The same frames and metadata give the same bytes: no time of day is written.
@@ -40,23 +42,23 @@ def encode_video(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | N
         frames: uint8 [F, H, W, 3], height and width even (yuv420p halves the colour planes).
         fps: frames a second.
         metadata: JSON values, stored in the file's `comment` tag.
+        movflags: FFmpeg's flags of that name for another layout of the mp4.
 
     Raises:
         UserError: the frames or fps cannot be made into a video.
     """
     _check(frames, fps)
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
+    with av.open(buffer, "w", format="mp4", options={"movflags": movflags} if movflags else {}) as container:
         if metadata is not None:
             container.metadata[_METADATA_KEY] = _json(metadata)
-        rate = fractions.Fraction(fps).limit_denominator(1001)
         # A fixed number: by default it follows the machine's cores, and with it the bytes.
         options = {"crf": str(CRF), "preset": "medium", "threads": "4"}
         if min(frames.shape[1:3]) < _MIN_LOOKAHEAD_SIZE:
             # x264's macroblock tree reads memory that it has not written when a frame has only a few blocks a side:
             # the same frames then gave other bytes, with pixels off by up to 30.
             options["x264-params"] = "mbtree=0"
-        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream = container.add_stream("libx264", rate=frame_rate(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Written out, because players guess BT.601 for small untagged video and the colours then shift.
@@ -70,6 +72,11 @@ def encode_video(frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | N
     return buffer.getvalue()
 
 
+def frame_rate(fps: float) -> fractions.Fraction:
+    """Frames a second as the file says it: 23.976 is 24000/1001."""
+    return fractions.Fraction(fps).limit_denominator(1001)
+
+
 def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
     """Writes `encode_video`'s bytes, and with metadata the same JSON beside it (NAME.mp4 -> NAME.json).
 
@@ -81,8 +88,13 @@ def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[st
     path = pathlib.Path(path)
     contents = {path: encode_video(frames, fps, metadata)}
     if metadata is not None:
-        contents[path.with_suffix(".json")] = (_json(metadata, indent=2) + "\n").encode()
+        contents |= settings_file(path, metadata)
     write_files(contents)
+
+
+def settings_file(path: Path, metadata: Mapping[str, Any]) -> dict[pathlib.Path, bytes]:
+    """For `write_files`: the JSON beside a video, NAME.json for NAME.mp4."""
+    return {pathlib.Path(path).with_suffix(".json"): (_json(metadata, indent=2) + "\n").encode()}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from configs.training import phase
 def get_config() -> ConfigDict:
     config = on_shapes(dmd_config("runs/shapes_causvid"), generator_every=3, share_batches=True)
     config.task = "causvid"
+    config.student = "runs/shapes_causal_ode_init/export"
     config.student_schedule.update(
         {"denoising_step_list": (999, 934, 862, 756, 603, 410, 250, 140, 74), "warp_denoising_step": False}
     )
