@@ -9,7 +9,7 @@ from x2v_jax.video import read_metadata, write_video
 OUTPUTS = pathlib.Path("outputs/example")
 
 # Weights are memory-mapped and read when they are first needed.
-pipe = Pipeline.from_checkpoint("assets/shapes")
+pipe = Pipeline.from_checkpoint("assets/shapes_t2v_4step")
 print("task:", pipe.checkpoint.task, "| schedule:", pipe.checkpoint.schedule)
 
 # The shortest way: uint8 frames [F, H, W, 3].

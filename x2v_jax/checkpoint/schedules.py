@@ -143,8 +143,22 @@ def check_field(name: str, value: Any, default: Any, where: str = "--schedule") 
 def _is_causal_schedule(value: Any) -> bool:
     if value is None:
         return True
-    known = {field.name for field in dataclasses.fields(CausalSchedule)}
-    return isinstance(value, Mapping) and set(value) <= known
+    if not isinstance(value, Mapping) or not set(value) <= {field.name for field in dataclasses.fields(CausalSchedule)}:
+        return False
+    good = {
+        "mode": lambda v: v in ("full", "sliding", "fragments"),
+        "positions": lambda v: v in ("relative", "absolute"),
+        "independent_first_frame": lambda v: isinstance(v, bool),
+        "context_timestep": lambda v: v is None or (_is_number(v) and 0 <= v <= 1000),
+        "sink": lambda v: _is_whole(v) and v >= 0,
+        "block": lambda v: _is_whole(v) and v > 0,
+        "window": lambda v: _is_whole(v) and v > 0,
+    }
+    return all(good[name](v) for name, v in value.items())
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_step_list(values: list[Any]) -> bool:
