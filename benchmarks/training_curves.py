@@ -59,12 +59,16 @@ def draw(path: pathlib.Path, logs: dict[str, list[dict[str, Any]]]) -> None:
     for number, (name, lines) in enumerate(logs.items()):
         colour = f"C{number}"
         measured = [line for line in lines if "eval/all" in line]
-        left.plot([m["step"] for m in measured], [100 * m["eval/all"] for m in measured], marker="o", label=name, color=colour)
+        left.plot(
+            [m["step"] for m in measured], [100 * m["eval/all"] for m in measured], marker="o", label=name, color=colour
+        )
         for loss, style in (("generator/loss", "-"), ("critic/loss", ":"), ("loss", "-")):
             points = [line for line in lines if loss in line]
             if points:
                 label = f"{name}, {loss.split('/')[0]}" if "/" in loss else name
-                right.plot([p["step"] for p in points], [p[loss] for p in points], style, lw=1, label=label, color=colour)
+                right.plot(
+                    [p["step"] for p in points], [p[loss] for p in points], style, lw=1, label=label, color=colour
+                )
     left.set(title="unseen prompts all right, %", xlabel="step", ylim=(0, 102))
     right.set(title="loss", xlabel="step", yscale="log")
     for axes in (left, right):

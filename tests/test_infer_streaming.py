@@ -167,7 +167,10 @@ def test_an_image_is_the_first_frame(checkpoint: pathlib.Path):
             "num_blocks is 3, a window of 6 latent frames, but this checkpoint was trained with 4",
         ),
         (["--config.rollout.window=3", "--config.rollout.mode=fragments"], "rollout_window is 3 latent frames"),
-        (["--config.rollout.window=8"], "rollout_window is 8, a window of 8 latent frames, but this checkpoint was trained with 4"),
+        (
+            ["--config.rollout.window=8"],
+            "rollout_window is 8, a window of 8 latent frames, but this checkpoint was trained with 4",
+        ),
         (["--config.rollout.sink=3"], "it holds the sink (3) and one block (2)"),
         (["--config.rollout.mode=slide"], "rollout_mode is 'slide'; give one of"),
         (["--config.rollout.mod=full"], "config has no key 'rollout_mod'; did you mean rollout_mode?"),
