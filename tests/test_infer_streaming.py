@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 
 from infer.__main__ import main
+from infer.interrupts import Interrupts
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CausalSchedule, Schedule
@@ -291,6 +292,25 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     return FakePipeline
 
 
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """As in a terminal, even where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("block", [0, 1, 4])
 def test_a_signal_ends_with_130_and_what_exists_is_kept(
