@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from train.data import shapes
+from x2v_jax.pixels import to_uint8
 
 _BATCH = 32
 # A prompt names one of 48 combinations and perhaps a narrow range of sizes: so many draws hold dozens of each.
@@ -40,3 +42,8 @@ def real_videos(prompts: Sequence[shapes.Prompt], seed: int) -> Iterator[np.ndar
         rows = np.minimum(np.arange(first, first + _BATCH), len(prompts) - 1)
         batch = render(jax.tree.map(lambda field, rows=rows: field[rows], scenes))
         yield np.asarray(batch)[: len(prompts) - first]
+
+
+def first_frames(prompts: Sequence[shapes.Prompt], seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
+    """The first frames of `real_videos`, as a picture file would give them."""
+    return np.concatenate([to_uint8(batch[:, 0]) for batch in real_videos(prompts, seed)])

@@ -53,9 +53,7 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     Returns:
         the JSON report, and the contact sheet as PNG (None without a request).
     """
-    import numpy as np
-
-    from benchmarks.shapes_data import real_videos
+    from benchmarks.shapes_data import first_frames, real_videos
     from benchmarks.shapes_examine import examine
     from benchmarks.shapes_frechet import diversity, frechet_distance, largest_differences
     from benchmarks.shapes_judge import label_names
@@ -87,7 +85,7 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
             frames = None
             if checkpoint.task == "i2v":
                 # Scenes of their own: neither those that are compared with nor the reference's.
-                frames = np.concatenate([to_uint8(batch[:, 0]) for batch in real_videos(prompts, args.seed + 2)])
+                frames = first_frames(prompts, args.seed + 2)
             generated = model.generate(texts, request, args.batch, frames)
             sets["generated"] = made = look("sampling", generated, keep=True)
             if frames is not None:

@@ -36,8 +36,17 @@ def evaluate_students(task: "Distillation", params: Params, step: int, directory
     save_grid(directory / "samples" / f"{step:06d}.png", videos[:_SHOWN])
     frames = to_uint8(videos[:_SHOWN])
     write_video(directory / "samples" / f"{step:06d}.mp4", _tiled(frames), task.teacher.schedule.fps)
-    if prompts is None:
-        return {}
+    return {} if prompts is None else shapes_scores(videos, prompts, first_frames)
+
+
+def shapes_scores(videos: np.ndarray, prompts: Any, first_frames: np.ndarray | None) -> dict[str, float]:
+    """The judge's means, and how near the videos begin to the frames that they were given, in decibels.
+
+    Args:
+        videos: [N, F, H, W, 3] in [-1, 1].
+        prompts: what each should show.
+        first_frames: uint8 [N, H, W, 3], or None without images.
+    """
     from benchmarks.shapes_judge import score
 
     results = {k: v for k, v in score(to_uint8(videos), prompts).items() if isinstance(v, float)}
@@ -56,10 +65,10 @@ def _conditions(task: "Distillation", prompts: Any, directory: pathlib.Path) -> 
     text = cache.embeddings(range(len(prompts)))
     if task.model_config.model_type != "i2v":
         return Conditions(text), None
-    from benchmarks.shapes_data import real_videos
+    from benchmarks.shapes_data import first_frames
     from train.data.shapes_source import FirstFrameConditions, encode_frames
 
-    frames = to_uint8(np.concatenate([batch[:, 0] for batch in real_videos(prompts, seed=1)]))
+    frames = first_frames(prompts, seed=1)
     images = FirstFrameConditions(directory, encode_frames(task.teacher, frames), task.teacher)
     rows = np.arange(len(prompts))
     return Conditions(text, images.conditions(rows), images.features(rows)), frames

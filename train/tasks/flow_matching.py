@@ -26,6 +26,7 @@ from train.data.shapes_latents import (
     encode_videos,
 )
 from train.data.shapes_tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
+from train.evaluation import shapes_scores
 from train.loop import SingleRoleTask
 from train.pictures import save_grid
 from train.references import relative_reference
@@ -40,7 +41,6 @@ from x2v_jax.models.functional import Params, abstract, flatten, merge, split, u
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.pixels import to_uint8
 
 
 class ImageBatch(NamedTuple):
@@ -118,14 +118,11 @@ class FlowMatchingTask(SingleRoleTask):
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Prompt accuracy on unseen prompts, sampled with few steps to be quick."""
-        from benchmarks.shapes_data import real_videos
-        from benchmarks.shapes_judge import score
+        from benchmarks.shapes_data import first_frames
 
         settings = self.config.evaluation
         prompts = shapes.heldout_prompts(settings.prompts, seed=1)
-        frames = None
-        if self.with_image:
-            frames = to_uint8(np.concatenate([batch[:, 0] for batch in real_videos(prompts, seed=1)]))
+        frames = first_frames(prompts, seed=1) if self.with_image else None
         parts = []
         for i in range(0, len(prompts), 24):
             texts = [p.text for p in prompts[i : i + 24]]
@@ -133,11 +130,7 @@ class FlowMatchingTask(SingleRoleTask):
             parts.append(self.sample(params, texts, seed=i, steps=settings.steps, frames=given))
         videos = np.concatenate(parts)
         save_grid(directory / "samples" / f"{step:06d}.png", videos[:12])
-        results = score(to_uint8(videos), prompts)
-        if frames is not None:
-            error = np.square(videos[:, 0].astype(np.float64) - (frames / 127.5 - 1.0))
-            results["first_frame_psnr"] = float(np.mean(10 * np.log10(4.0 / error.mean(axis=(1, 2, 3)))))
-        return {name: value for name, value in results.items() if isinstance(value, float)}
+        return shapes_scores(videos, prompts, frames)
 
     def sample(
         self, params: Params, prompts: list[str], *, seed: int, steps: int, frames: np.ndarray | None = None

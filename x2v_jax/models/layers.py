@@ -37,16 +37,6 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def _matmul(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    return jax.lax.platform_dependent(x, kernel, cpu=_matmul_alone, default=jnp.dot)
-
-
-def _matmul_alone(x: Array, kernel: Array) -> Array:
-    # On CPU, XLA draws the norm before and the activation after a product into one kernel that is slower than the
-    # three apart: 4 % of a block of the 1.3B size.
-    return jax.lax.optimization_barrier(jnp.dot(jax.lax.optimization_barrier(x), kernel))
-
-
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis in float32, with scale and bias."""
 
