@@ -19,6 +19,7 @@ def training_config(task: str, run_dir: str) -> ConfigDict:
             "ema_start": 0,  # step from which the average is an average
             "accumulate": 1,  # parts of a batch that are worked off one after the other
             "devices": 0,  # 0 for all
+            "read_ahead": 2,  # steps whose batches are made while the device works
             "log_every": 50,
             "eval_every": 500,
             "save_every": 250,

@@ -1,9 +1,10 @@
 """Training checkpoints: asynchronous, complete or absent, restored exactly (Orbax)."""
 
+import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,13 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_leaves(state)))
+        """Begins to write a checkpoint; it is complete when the next `save` or `wait` returns.
+
+        Raises:
+            UserError: this or the one before could not be written. Those that are complete stay.
+        """
+        with self._explained():
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(_leaves(state)))
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint that reads back, or None if there are none.
@@ -67,10 +74,25 @@ class Checkpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until everything is written. Raises as `save`."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # what Orbax and its storage raise on a full or failing disk
+            place = self.directory / "checkpoints"
+            complete = [int(p.name) for p in place.iterdir() if p.name.isdecimal()]
+            start = f"step {max(complete)}" if complete else "the beginning"
+            raise UserError(
+                f"a checkpoint could not be saved in {place} ({str(error)[:300]}); free some space there and run the "
+                f"same command again, which goes on from {start}"
+            ) from error
 
 
 def claim_directory(directory: pathlib.Path, config: Mapping[str, Any], *, resume_any: bool) -> None:

@@ -1,5 +1,6 @@
 """The training loop: phases, checkpoints, logs, evaluation, signals. What is learnt is a `Task`'s business."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -13,10 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from train.checkpoints import Checkpoints, claim_directory
+from train.data.reading import read_ahead
 from train.logs import Log
 from train.optimizers import learning_rate_schedule, make_optimizer
 from train.state import Averaging, TrainState, init_state, make_update
 from x2v_jax.errors import UserError
+from x2v_jax.memory import peak_bytes
 from x2v_jax.models.functional import Params, parameter_count
 from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
 
@@ -141,9 +144,11 @@ class _Run:
 
     def close(self) -> None:
         self.stop.restore()
-        self.checkpoints.wait()
-        self.checkpoints.close()
         self.log.close()
+        try:
+            self.checkpoints.wait()
+        finally:
+            self.checkpoints.close()
 
     def all_phases(self) -> TrainState:
         state = self._first_state()
@@ -183,39 +188,54 @@ class _Run:
 
     def _phase(self, phase: Any, end: int, state: TrainState) -> TrainState:
         config = self.config
-        update = {role: self._update(role, phase, state) for role in self.task.roles}
+        updates = {role: self._update(role, phase, state) for role in self.task.roles}
         window: dict[str, list[Any]] = defaultdict(list)
         since, steps = time.monotonic(), 0
-        first = int(state.step)
-        begin = end - phase.steps
+        first, begin = int(state.step), end - phase.steps
         bar = tqdm(range(first, end), initial=first - begin, total=phase.steps, desc=phase.name, unit="step")
-        for step in bar:
-            for role in self.task.updates(step):
-                batch = place_batch(self.task.batch(role, step, phase), self.mesh)
-                key = jax.random.fold_in(jax.random.fold_in(self.root, step), self.task.roles.index(role))
-                state, metrics = update[role](state, self.frozen, batch, key)
-                prefix = "" if len(self.task.roles) == 1 else f"{role}/"
-                for name, value in metrics.items():
-                    window[prefix + name].append(value)
-            done, steps = step + 1, steps + 1
-            if done % config.log_every == 0 or done == end:
-                means = {name: _mean(values) for name, values in window.items()}
-                self.log.write(done, {"seconds_per_step": (time.monotonic() - since) / steps, **means}, phase.name)
-                losses = {name: f"{value:.4f}" for name, value in means.items() if name.endswith("loss")}
-                bar.set_postfix(losses)
-                self._check_divergence(state, done)
-                window.clear()
-                since, steps = time.monotonic(), 0
-            if done % config.eval_every == 0 or done == end:
-                started = time.monotonic()
-                results = self.task.evaluate(state.ema, done, self.directory)
-                self.log.write(done, {f"eval/{k}": v for k, v in results.items()})
-                bar.write(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
-                since += time.monotonic() - started
-            if done % config.save_every == 0 or done == end or self.stop.requested:
-                self.checkpoints.save(state)
-            if self.stop.requested:
-                raise Stopped(f"stopped at step {done}; the same command goes on from there")
+
+        def make(step: int) -> dict[str, Any]:
+            return {role: self.task.batch(role, step, phase) for role in self.task.updates(step)}
+
+        with contextlib.closing(read_ahead(make, range(first, end), config.read_ahead)) as batches:
+            for step, batch in zip(bar, batches, strict=True):
+                state = self._step(updates, state, step, batch, window)
+                done, steps = step + 1, steps + 1
+                if done % config.log_every == 0 or done == end:
+                    means = {name: _mean(values) for name, values in window.items()}
+                    seconds = (time.monotonic() - since) / steps
+                    costs = {"seconds_per_step": seconds, "peak_memory_gb": peak_bytes() / 1e9}
+                    self.log.write(done, {**costs, **means}, phase.name)
+                    bar.set_postfix({name: f"{value:.4f}" for name, value in means.items() if name.endswith("loss")})
+                    self._check_divergence(state, done)
+                    window.clear()
+                    since, steps = time.monotonic(), 0
+                if done % config.eval_every == 0 or done == end:
+                    started = time.monotonic()
+                    results = self.task.evaluate(state.ema, done, self.directory)
+                    self.log.write(done, {f"eval/{k}": v for k, v in results.items()})
+                    bar.write(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
+                    since += time.monotonic() - started
+                if done % config.save_every == 0 or done == end or self.stop.requested:
+                    self.checkpoints.save(state)
+                if self.stop.requested:
+                    raise Stopped(f"stopped at step {done}; the same command goes on from there")
+        return state
+
+    def _step(
+        self,
+        updates: dict[str, Any],
+        state: TrainState,
+        step: int,
+        batches: dict[str, Any],
+        window: dict[str, list[Any]],
+    ) -> TrainState:
+        for role, batch in batches.items():
+            key = jax.random.fold_in(jax.random.fold_in(self.root, step), self.task.roles.index(role))
+            state, metrics = updates[role](state, self.frozen, place_batch(batch, self.mesh), key)
+            prefix = "" if len(self.task.roles) == 1 else f"{role}/"
+            for name, value in metrics.items():
+                window[prefix + name].append(value)
         return state
 
     def _update(self, role: str, phase: Any, state: TrainState) -> Any:
@@ -265,8 +285,8 @@ def optimizer_of(config: Any, role: str, phase: Any) -> Any:
 
 def _recorded(config: Any) -> dict[str, Any]:
     values = json.loads(config.to_json_best_effort())
-    # Where and how often to write does not make it another run.
-    for name in ("run_dir", "resume_any", "log_every", "eval_every", "save_every"):
+    # Where and how often to write, and how early to read, does not make it another run.
+    for name in ("run_dir", "resume_any", "read_ahead", "log_every", "eval_every", "save_every"):
         values.pop(name)
     return values
 

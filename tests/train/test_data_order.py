@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.data.order import epoch_rows
-from train.data.prefetch import prefetch
+from train.data.reading import read_ahead
 from x2v_jax.errors import UserError
 
 
@@ -40,7 +40,7 @@ def test_nothing_to_draw_is_a_sentence(arguments: tuple[int, ...]):
         epoch_rows(*arguments)
 
 
-def test_prefetch_makes_batches_ahead_in_order():
+def test_batches_are_made_ahead_and_in_order():
     made, may_go_on = [], threading.Event()
 
     def make(step: int) -> int:
@@ -49,14 +49,25 @@ def test_prefetch_makes_batches_ahead_in_order():
             may_go_on.set()
         return step * 10
 
-    batches = prefetch(make, range(5), ahead=2)
+    batches = read_ahead(make, range(5), ahead=2)
     assert next(batches) == 0
     assert may_go_on.wait(5), "two steps ahead are made without being asked for"
     assert list(batches) == [10, 20, 30, 40] and made == [0, 1, 2, 3, 4]
 
 
-def test_an_error_in_making_a_batch_is_raised_at_that_batch():
-    batches = prefetch(lambda step: 1 // (step - 1), range(3))
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_error_in_making_a_batch_is_raised_at_that_batch(ahead: int):
+    batches = read_ahead(lambda step: 1 // (step - 8), range(7, 10), ahead)
     assert next(batches) == -1
     with pytest.raises(ZeroDivisionError):
         next(batches)
+
+
+def test_closing_ends_the_thread_that_reads_ahead():
+    before = threading.active_count()
+    batches = read_ahead(lambda step: step, range(1000), ahead=2)
+    assert next(batches) == 0
+    batches.close()
+    for thread in threading.enumerate()[before:]:
+        thread.join(5)
+    assert threading.active_count() == before

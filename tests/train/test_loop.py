@@ -1,9 +1,12 @@
 """The training loop on a task small enough to follow by hand: a weight that moves to a target."""
 
+import contextlib
 import json
 import os
 import pathlib
+import resource
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -56,6 +59,7 @@ def make_config(run_dir: pathlib.Path, **changes: Any) -> ConfigDict:
         phase("second", steps=30, learning_rate=0.02, warmup=5, decay_share=0.5, final_scale=0.1, batch_size=8),
     )
     config.log_every, config.save_every, config.eval_every = 10, 7, 30
+    config.read_ahead = 0  # a batch that sends a signal then sends it in its own step
     config.update(changes)
     return config
 
@@ -72,6 +76,7 @@ def test_it_learns_and_logs(tmp_path: pathlib.Path):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6
     assert losses[-1] < 0.2 * losses[0]
+    assert all(0.01 < line["peak_memory_gb"] < 100 for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "eval/distance" in line] == [30, 60]
 
 
@@ -84,6 +89,15 @@ def test_a_stopped_run_resumes_to_the_very_same_state(tmp_path: pathlib.Path, st
     resumed = leaves(train(config, Regression()))
     for ours, theirs in zip(resumed, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_reading_ahead_changes_nothing(tmp_path: pathlib.Path):
+    expected = leaves(train(make_config(tmp_path / "in_turn"), Regression()))
+    config = make_config(tmp_path / "ahead", read_ahead=3)
+    with pytest.raises(Stopped):
+        train(config, Regression(stop_at=20))
+    for got, wanted in zip(leaves(train(config, Regression())), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_signal_handlers_are_given_back(tmp_path: pathlib.Path):
@@ -155,3 +169,34 @@ def test_checkpoints_that_all_are_damaged_are_kept_and_the_run_refused(tmp_path:
 def test_exporting_without_a_run_says_so(tmp_path: pathlib.Path):
     with pytest.raises(UserError, match="holds no checkpoints; train first"):
         load_ema(make_config(tmp_path / "nothing"), Regression())
+
+
+class Wide(Regression):
+    """Weights that take more than the small files of a run."""
+
+    def init(self, key: jax.Array) -> Any:
+        return {"model": {"w": jax.random.normal(key, (3,)), "unused": jax.random.normal(key, (40_000,))}}
+
+
+@contextlib.contextmanager
+def no_room_for_large_files() -> Iterator[None]:
+    """A write beyond 64 kB fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: pathlib.Path):
+    expected = leaves(train(make_config(tmp_path / "whole"), Wide()))
+    config = make_config(tmp_path / "run")
+    with pytest.raises(Stopped):
+        train(config, Wide(stop_at=10))
+    with no_room_for_large_files(), pytest.raises(UserError, match=r"could not be saved.*free some space.*step 11"):
+        train(config, Wide())
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal()]
+    assert sorted(map(int, saved)) == [7, 11]
+    for got, wanted in zip(leaves(train(config, Wide())), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
