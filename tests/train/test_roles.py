@@ -111,15 +111,18 @@ def test_another_number_of_devices_goes_on(tmp_path: pathlib.Path, whole: Any):
     assert_same_weights(state, whole[1])
 
 
-def test_a_killed_run_goes_on_to_the_very_same_state(tmp_path: pathlib.Path):
-    finish(start(tmp_path / "whole", 40))
+def test_a_run_killed_in_every_phase_goes_on_to_the_very_same_state(tmp_path: pathlib.Path):
+    arguments = (180, 1, 1, 3)  # three phases of 60 steps, a checkpoint every four
+    finish(start(tmp_path / "whole", *arguments))
     killed = tmp_path / "killed"
-    for after in (1, 3):  # checkpoints that are there when the process is killed
-        process = start(killed, 40)
-        _wait_for(lambda after=after, process=process: _checkpoints(killed) >= after or process.poll() is not None)
+    for phase in range(3):
+        process = start(killed, *arguments)
+        _wait_for(lambda p=phase, process=process: _checkpoints(killed) > 15 * p or process.poll() is not None)
+        assert process.poll() is None, f"the run ended before it could be killed in phase {phase}"
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(killed, 40))
+        assert 15 * phase < _checkpoints(killed) <= 15 * phase + 15
+    finish(start(killed, *arguments))
     for ours, theirs in zip(stored(killed), stored(tmp_path / "whole"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -1,6 +1,6 @@
 """A generator and a critic small enough to follow by hand; runs in a process of its own for kills and devices.
 
-python two_roles.py RUN_DIR STEPS [DEVICES] [ACCUMULATE]
+python two_roles.py RUN_DIR STEPS [DEVICES] [ACCUMULATE] [PHASES]
 """
 
 import json
@@ -65,10 +65,17 @@ class TwoRoles:
         raise NotImplementedError
 
 
-def make_config(run_dir: str, steps: int, **changes: Any) -> ConfigDict:
+def make_config(run_dir: str, steps: int, phases: int = 1, **changes: Any) -> ConfigDict:
     config = training_config("two_roles", run_dir)
-    config.phases = (
-        phase("both", steps=steps, learning_rate=0.02, batch_size=16, generator={"every": 3, "learning_rate": 0.05}),
+    config.phases = tuple(
+        phase(
+            f"part {i}",
+            steps=steps // phases,
+            learning_rate=0.02 / (i + 1),
+            batch_size=16,
+            generator={"every": 3, "learning_rate": 0.05},
+        )
+        for i in range(phases)
     )
     config.update({"log_every": 5, "save_every": 4, "eval_every": 1000, "ema_start": 5, "ema_decay": 0.9, **changes})
     return config
@@ -79,8 +86,8 @@ def run(run_dir: str, steps: int, **changes: Any) -> Any:
 
 
 if __name__ == "__main__":
-    accumulate = int(sys.argv[4]) if len(sys.argv) > 4 else 1
-    state = run(sys.argv[1], int(sys.argv[2]), accumulate=accumulate)
+    accumulate, phases = (int(sys.argv[i]) if len(sys.argv) > i else 1 for i in (4, 5))
+    state = run(sys.argv[1], int(sys.argv[2]), phases=phases, accumulate=accumulate)
     specs = sorted({str(leaf.sharding.spec) for leaf in jax.tree.leaves(state) if leaf.ndim == 2})
     np.savez(
         pathlib.Path(sys.argv[1]) / "state.npz", **{str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
