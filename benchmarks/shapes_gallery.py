@@ -26,7 +26,7 @@ def tile(videos: list[np.ndarray], columns: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="assets/shapes")
+    parser.add_argument("--checkpoint", default="assets/shapes_t2v_4step")
     parser.add_argument("--output", default="docs/images/shapes.gif")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
