@@ -39,5 +39,18 @@ def get_config() -> ConfigDict:
             own_share=0.8,
             **settings,
         ),
+        # ... again and again, so that small errors of one video do not add up over the next.
+        phase(
+            "long continuation",
+            steps=240,
+            learning_rate=1e-4,
+            warmup=10,
+            decay_share=0.6,
+            final_scale=0.1,
+            continuation_share=0.9,
+            own_share=0.9,
+            own_most=5,
+            **settings,
+        ),
     )
     return config

@@ -14,8 +14,10 @@ from configs.train import shapes_self_forcing as self_forcing
 from configs.train import shapes_t2v_dmd as t2v_dmd
 from configs.training import phase
 from train.cli import main
+from train.data.sources import Batch
 from train.data.trajectories import TrajectoryCache
 from train.loop import train
+from train.rollouts import sample_keys
 from train.tasks.causvid import CausVidTask
 from train.tasks.dmd import DmdTask, dmd_settings
 from train.tasks.ode_pairs import OdePairs, trajectory_grid
@@ -170,6 +172,45 @@ def test_regression_to_the_ends_of_trajectories_starts_a_causal_student(pairs: C
     values = [line["loss"] for line in losses if "loss" in line]
     assert int(state.step) == 30
     assert values[-1] < 0.7 * values[0]
+
+
+def continuing(pairs: ConfigDict, run_dir: pathlib.Path, **settings: Any) -> DmdTask:
+    config = small(self_forcing.get_config(), run_dir, steps=2)
+    config.continuation.pairs = pairs.output
+    config.evaluation.prompts = 2
+    config.phases = (phase("mini", steps=3, batch_size=4, learning_rate=2e-4, **settings),)
+    return DmdTask(config)
+
+
+def test_a_chain_of_own_videos_is_each_gone_on_from_under_prompts_in_turn(pairs: ConfigDict, tmp_path: pathlib.Path):
+    task = continuing(pairs, tmp_path, own_share=1.0)
+    weights, key = task.init(jax.random.key(0))["generator"], jax.random.key(1)
+    frames = 2 * task.config.causal.block
+    plain, one, two = (task.continuations.batch(0, 0, 4, frames, 0, own=own) for own in (0, 1, 2))
+    after = jax.jit(task._after_own)
+    assert plain.following is None and after(weights, task.frozen, plain, key).given is not None
+    first, second = (after(weights, task.frozen, batch, key) for batch in (one, two))
+    np.testing.assert_array_equal(first.conditions.text, one.following.text)
+    np.testing.assert_array_equal(second.conditions.text, two.conditions.text)
+    # By hand: the first video's end, then the second's.
+    keys = sample_keys(jax.random.fold_in(key, 3), one.sample)
+    given, conditions = one.given, (one.conditions, one.following)
+    for number, chained in enumerate((first, second)):
+        own_keys = jax.vmap(lambda key, number=number: jax.random.fold_in(key, number))(keys)
+        batch = Batch(conditions[number], one.sample, given=given)
+        given = task.rollout.videos(weights, batch, own_keys, np.int32(1))[:, -frames:]
+        np.testing.assert_allclose(chained.given, given, atol=2e-4)
+
+
+def test_a_student_learns_from_chains_of_its_own_videos(pairs: ConfigDict, tmp_path: pathlib.Path):
+    settings = {"continuation_share": 1.0, "own_share": 1.0, "own_most": 3}
+    task = continuing(pairs, tmp_path, **settings)
+    own = [int(task.batch("generator", step, task.config.phases[0])["data"].own[0]) for step in range(12)]
+    assert set(own) == {1, 2, 3}
+    state = train(task.config, task)
+    before = flatten(task.init(jax.random.key(task.config.seed))["generator"])
+    assert int(state.skipped_total) == 0
+    assert any(np.abs(leaf - before[name]).max() > 0 for name, leaf in flatten(state.params["generator"]).items())
 
 
 def test_trajectories_of_other_levels_are_refused(pairs: ConfigDict, tmp_path: pathlib.Path):

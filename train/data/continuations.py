@@ -32,13 +32,15 @@ class Continuations(NamedTuple):
     images: np.ndarray
     prompts: tuple[PromptCache, PromptCache]
 
-    def batch(self, seed: int, step: int, size: int, frames: int, stream: int, *, twice: bool) -> Batch:
-        """The last `frames` latent frames of some videos, and the prompts to go on with, once or twice."""
+    def batch(self, seed: int, step: int, size: int, frames: int, stream: int, *, own: int) -> Batch:
+        """The last `frames` latent frames of some videos, and the prompts to go on with; `own` videos come between."""
         rows = epoch_rows(seed, step, size, len(self.latents), stream)
         conditions, following = (Conditions(prompts.embeddings(rows)) for prompts in self.prompts)
         sample = np.arange(size, dtype=np.int32)
         given, last_image = self.latents[rows, -frames:], self.images[rows]
-        return Batch(conditions, sample, given=given, last_image=last_image, following=following if twice else None)
+        if not own:
+            return Batch(conditions, sample, given=given, last_image=last_image)
+        return Batch(conditions, sample, None, given, last_image, following, np.full(size, own, np.int32))
 
 
 def open_continuations(

@@ -37,8 +37,9 @@ class Batch(NamedTuple):
 
     conditions: of each video. sample: its number in the batch, which its noise is drawn by. latents: real videos,
     [B, f, h, w, C]. given: frames that a causal student goes on from, [B, g, h, w, C]. last_image: the last picture of
-    `given`, encoded alone, [B, h, w, C]. following: what comes after the video that is made from all this, where the
-    student is to go on from its own frames.
+    `given`, encoded alone, [B, h, w, C]. following: what comes after the video that is made from all this, in turn with
+    `conditions`, where the student is to go on from its own frames. own: after so many videos of its own, [B], all one
+    number.
     """
 
     conditions: Conditions
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     given: Any = None
     last_image: Any = None
     following: Conditions | None = None
+    own: Any = None
 
 
 class Source:

@@ -33,7 +33,7 @@ class DmdTask(Distillation):
     Config, besides `Distillation`'s: dmd (fields of DmdSettings, or guidance_scale in Self-Forcing's form),
     generator_every (critic updates to one of the generator), continuation (pairs: trajectories whose ends a causal
     student goes on from, 1 to max_blocks of their blocks, in a share of a phase's steps: its continuation_share;
-    in the own_share of these it goes on from its own continuation).
+    in the own_share of these it goes on from a chain of 1 to own_most continuations of its own).
     """
 
     roles = ("generator", "critic")
@@ -77,12 +77,14 @@ class DmdTask(Distillation):
         # What a whole batch shares is drawn here, so that parts of it that are worked off apart agree on it.
         rng = np.random.default_rng([self.config.seed, step, self.roles.index(role)])
         if rng.random() < phase.get("continuation_share", 0.0):
-            twice = bool(rng.random() < phase.get("own_share", 0.0))
+            own = int(rng.random() < phase.get("own_share", 0.0))
             most = self.config.continuation.max_blocks
             # The student's own frames fill its window, as they do at inference.
-            blocks = most if twice else int(rng.integers(1, most + 1))
+            blocks = most if own else int(rng.integers(1, most + 1))
+            if own and phase.get("own_most", 1) > 1:
+                own = int(rng.integers(1, phase.own_most + 1))
             frames = blocks * self.config.causal.block
-            batch = self.continuations.batch(self.config.seed, step, phase.batch_size, frames, stream, twice=twice)
+            batch = self.continuations.batch(self.config.seed, step, phase.batch_size, frames, stream, own=own)
         else:
             batch = self.source.batch(self.config.seed, step, phase.batch_size, stream)
         exit_step = rng.integers(len(self.sigmas))
@@ -130,15 +132,28 @@ class DmdTask(Distillation):
         return loss, grads, by_timestep(errors, timestep)
 
     def _after_own(self, weights: Params, frozen: Any, batch: Batch, key: jax.Array) -> Batch:
-        """Where something follows: the batch that goes on from the student's own video instead of the given one."""
+        """Where something follows: the batch that goes on from the student's own videos instead of the given one."""
         if batch.following is None:
             return batch
         keys = sample_keys(jax.random.fold_in(key, 3), batch.sample)
-        video = self.rollout.videos(weights, batch, keys, jnp.int32(len(self.sigmas) - 1))
         vae = merge(self.vae_graph, frozen["vae"])
-        picture = vae.decode(jnp.concatenate([batch.last_image[:, None], video], axis=1))[:, -1:]
+
+        def conditions(number: jax.Array) -> Conditions:
+            return jax.tree.map(lambda a, b: jnp.where(number % 2 == 0, a, b), batch.conditions, batch.following)
+
+        def go_on(number: jax.Array, video: jax.Array) -> jax.Array:
+            before = Batch(conditions(number), batch.sample, given=video[:, -batch.given.shape[1] :])
+            own_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+            return self.rollout.videos(weights, before, own_keys, jnp.int32(len(self.sigmas) - 1))
+
+        # One program for a chain of any length.
+        start = jnp.zeros((*batch.given.shape[:1], *self.shape), batch.given.dtype)
+        start = start.at[:, -batch.given.shape[1] :].set(batch.given)
+        video = jax.lax.stop_gradient(jax.lax.fori_loop(0, batch.own[0], go_on, start))
+        # The decoder takes the first of these frames for a picture; that is forgotten long before the last.
+        picture = vae.decode(video)[:, -1:]
         return Batch(
-            batch.following,
+            conditions(batch.own[0]),
             batch.sample,
             given=video[:, -batch.given.shape[1] :],
             last_image=jax.lax.stop_gradient(vae.encode(picture)[:, 0]),
