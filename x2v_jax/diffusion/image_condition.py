@@ -5,7 +5,6 @@ Source: LightX2V models/runners/wan/wan_runner.py (run_image_encoder, run_vae_en
 wan/image2video.py. Sizes and pixels are numpy, so that a request is checked without loading jax.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -151,18 +150,6 @@ def clip_pixels(image: Image, size: int = 224) -> Float[np.ndarray, "s s 3"]:
     return (pixels - _CLIP_MEAN) / _CLIP_STD
 
 
-def condition_video(image: Image, height: int, width: int, num_frames: int) -> Float[np.ndarray, "f height width 3"]:
-    """The video that the VAE encodes as condition: the picture as first frame, then grey (zero) frames.
-
-    Returns:
-        float32 [num_frames, height, width, 3], the first frame about [-1, 1] (bicubic overshoot is kept).
-    """
-    # On the host: at 720P it is 0.9 GB, of which the VAE asks for a few frames at a time.
-    video = np.zeros((num_frames, height, width, 3), np.float32)
-    video[0] = resize_bicubic(image, height, width)
-    return video
-
-
 def condition_mask(
     latent_frames: int, latent_height: int, latent_width: int, channels: int = 4
 ) -> Float[np.ndarray, "f h w c"]:
@@ -176,40 +163,22 @@ def condition_mask(
     return mask
 
 
-def image_condition(
-    vae_encode: Callable[[Any], Any],
-    image: Image,
-    *,
-    height: int,
-    width: int,
-    num_frames: int,
-    temporal_stride: int = 4,
-) -> Latents:
+def image_condition(latents: Float[Any, "*b f h w c"], temporal_stride: int = 4) -> Latents:
     """Mask and latents of the picture, which the transformer takes beside the noisy latents on every step.
 
     Args:
-        vae_encode: video [1, F, H, W, 3] in [-1, 1], a NumPy array -> normalised latents [1, f, h, w, C].
-        image: uint8 RGB.
-        height, width: of the video in pixels: `latent_size` times the VAE's spatial stride.
-        num_frames: of the video, one more than a multiple of `temporal_stride`.
+        latents: normalised latents of the video that is the picture (`resize_bicubic` to the video's size; overshoot is
+            kept) and then grey (zero) frames.
         temporal_stride: pixel frames a latent frame, of the VAE.
 
     Returns:
-        float32 [f, h, w, temporal_stride + C] (4 + 16 for Wan2.1): the mask, then the latents.
-
-    Raises:
-        UserError: num_frames is not one more than a multiple of the stride.
+        float32 [..., f, h, w, temporal_stride + C] (4 + 16 for Wan2.1): the mask, then the latents.
     """
     import jax.numpy as jnp
 
-    if num_frames < 1 or (num_frames - 1) % temporal_stride:
-        nearest = max(0, round((num_frames - 1) / temporal_stride)) * temporal_stride + 1
-        raise UserError(
-            f"num_frames is {num_frames}; this model makes {temporal_stride}n + 1 frames: ask for {nearest}"
-        )
-    latents = vae_encode(condition_video(image, height, width, num_frames)[None])[0].astype(jnp.float32)
-    mask = condition_mask(*latents.shape[:3], channels=temporal_stride)
-    return jnp.concatenate([jnp.asarray(mask), latents], axis=-1)
+    mask = condition_mask(*latents.shape[-4:-1], channels=temporal_stride)
+    mask = jnp.broadcast_to(mask, (*latents.shape[:-1], temporal_stride))
+    return jnp.concatenate([mask, latents.astype(jnp.float32)], axis=-1)
 
 
 def pin_first_frame(latents: Latents, condition: Float[Any, "*b f h w d"]) -> Latents:

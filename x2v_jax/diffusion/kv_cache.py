@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from x2v_jax.diffusion.kv_storage import Stored, dtype_of, empty, restore, storage_dtypes, store
+from x2v_jax.diffusion.kv_storage import EightBit, Stored, dtype_of, empty, restore, storage_dtypes, store
 from x2v_jax.models.causal import check_whole, check_window
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.rope import apply_rope, frame_shift_tables
-from x2v_jax.ops.attention import ReadRows, attention_in_parts
+from x2v_jax.ops.attention import Implementation, Precision, ReadRows, RowsInPlace, attention_in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +132,31 @@ class KVCache:
             k = _put(k, apply_rope(_rows(sink_k, layer, 0, sink_k.shape[2]), shift), layer, 0)
         return dataclasses.replace(self, k=k, v=v, sink_k=sink_k)
 
-    def attend(self, layer: ArrayLike, q: Float[Array, "b l h d"], end_frame: ArrayLike) -> Float[Array, "b l h d"]:
-        """Attention of a layer's queries, of a block that ends before `end_frame`, to all rows that are there then."""
+    def attend(
+        self,
+        layer: ArrayLike,
+        q: Float[Array, "b l h d"],
+        end_frame: ArrayLike,
+        *,
+        implementation: Implementation = "auto",
+        precision: Precision = "full",
+    ) -> Float[Array, "b l h d"]:
+        """Attention of a layer's queries, of a block that ends before `end_frame`, to all rows that are there then.
+
+        implementation, precision: see `attention_in_parts`. In 8 bits a layer's rows are copied: the multiplication has
+        scales by blocks of keys, and values with their channels in front of their rows, which is not how they are kept.
+        """
         length = self.layout.valid_rows(end_frame)
-        return attention_in_parts(q, (self, layer), _read_like(q), rows=self.layout.rows, length=length)
+        return attention_in_parts(
+            q,
+            (self, layer),
+            _read_like(q),
+            rows=self.layout.rows,
+            length=length,
+            implementation=implementation,
+            precision=precision,
+            in_place=_in_place,
+        )
 
     def read(
         self, layer: ArrayLike, end_frame: ArrayLike, dtype: DTypeLike | None = None
@@ -166,6 +187,15 @@ def _read_like(q: Array) -> ReadRows:
         return k, v
 
     return read
+
+
+def _in_place(source: Any) -> RowsInPlace | None:
+    """All layers' rows as they are kept; what is kept in 8 bits has to be multiplied out first."""
+    cache, layer = source
+    if isinstance(cache.k, EightBit) or isinstance(cache.v, EightBit):
+        return None
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (cache.k, cache.v))
+    return RowsInPlace(k, v, jnp.asarray(layer, jnp.int32) * cache.k.shape[1])
 
 
 def _floating(stored: Stored) -> DTypeLike:

@@ -260,16 +260,17 @@ def keyed_noise(key: Key[Array, ""]) -> tuple[NoiseFn, RenoiseFn]:
     """The two noise functions of `Rollout.stream` as functions of a request's key alone."""
 
     def renoise(block: int, steps: int, shape: tuple[int, ...]) -> Array:
-        return _renoise(key, block, steps, shape)
+        return draw_between(key, block, steps, shape)
 
-    return lambda block, shape: _initial(key, block, shape), renoise
+    return lambda block, shape: draw_initial(key, block, shape), renoise
 
 
-_initial = jax.jit(block_noise, static_argnames="shape")
+# What `keyed_noise` calls.
+draw_initial = jax.jit(block_noise, static_argnames="shape")
 
 
 def _step_noises(key: Key[Array, ""], block: Array, steps: int, shape: tuple[int, ...]) -> Array:
     return jnp.stack([step_noise(key, step, shape, block) for step in range(steps - 1)])
 
 
-_renoise = jax.jit(_step_noises, static_argnames=("steps", "shape"))
+draw_between = jax.jit(_step_noises, static_argnames=("steps", "shape"))

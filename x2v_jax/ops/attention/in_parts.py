@@ -7,13 +7,17 @@ so the memory does not depend on how many rows there are; and rows that do not c
 
 import functools
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from x2v_jax.ops.attention.api import Implementation, attention, attention_cudnn, takes_cudnn
+from x2v_jax.ops.attention.choose_hopper import hopper_config, on_hopper
+from x2v_jax.ops.attention.hopper import attention_hopper_groups, takes_groups
+from x2v_jax.ops.attention.hopper_config import HopperConfig, Precision
 
 # Fewer bytes of keys and values than this are read as a whole: one product is faster than several, and gradients pass.
 _FEW_BYTES = 16 << 20
@@ -33,6 +37,14 @@ class ReadRows(Protocol):
     ) -> tuple[Float[Array, "b r g d"], Float[Array, "b r g d"]]: ...
 
 
+class RowsInPlace(NamedTuple):
+    """Where rows lie in an array of groups of rows: those of batch item b are the group first_group + b."""
+
+    k: Float[Array, "g r h d"]
+    v: Float[Array, "g r h d"]
+    first_group: Any
+
+
 def attention_in_parts(
     q: Float[Array, "b lq h d"],
     source: Any,
@@ -42,6 +54,8 @@ def attention_in_parts(
     length: Int[Array, ""],
     scale: float | None = None,
     implementation: Implementation = "auto",
+    precision: Precision = "full",
+    in_place: Callable[[Any], RowsInPlace | None] = lambda source: None,
 ) -> Float[Array, "b lq h d"]:
     """softmax(q k^T * scale) v over the first `length` of `rows` rows that `read` takes from `source`.
 
@@ -50,7 +64,11 @@ def attention_in_parts(
         read: how a part of the rows is got out of `source`. The same rows come out the same, whatever part is asked.
         length: how many of the first rows count, at least 1; may be traced. The rows behind it must be finite.
         scale: 1 / sqrt(d) if None.
-        implementation: see `attention`. "cudnn" copies the rows of a few heads at a time, "reference" a few rows.
+        implementation: see `attention`. "cudnn" copies the rows of a few heads at a time, "reference" a few rows,
+            "hopper" none.
+        precision: see `attention`. In 8 bits all rows are read at once: their scales are of all that count.
+        in_place: the same rows where they lie in `source`; None where they are kept in another form. The Hopper kernel
+            reads them there.
 
     A gradient reads all rows at once: it needs their size anyway, to be kept in.
     """
@@ -59,9 +77,11 @@ def attention_in_parts(
 
     def whole(q: Array, source: Any, length: Array) -> Array:
         k, v = read(source, 0, rows, 0, q.shape[2])
-        return attention(q, k, v, scale=factor, key_length=length, implementation=implementation)
+        return attention(
+            q, k, v, scale=factor, key_length=length, implementation=implementation, precision=precision
+        )  # fmt: skip
 
-    if _row_bytes(q) * rows <= _FEW_BYTES:
+    if precision != "full" or _row_bytes(q) * rows <= _FEW_BYTES:
         return whole(q, source, length)
 
     @jax.custom_vjp
@@ -69,12 +89,33 @@ def attention_in_parts(
         cudnn, reference = (functools.partial(f, **fixed) for f in (_by_heads, _by_rows))
         if implementation == "cudnn":
             return cudnn(q, source, length)
-        if implementation == "auto" and takes_cudnn(q):
-            return jax.lax.platform_dependent(q, source, length, cuda=cudnn, default=reference)
-        return reference(q, source, length)
+        fastest = None
+        if implementation in ("auto", "hopper"):
+            config = _config(q, in_place(source), implementation)
+            if config is not None:
+                fastest = functools.partial(_in_place, in_place=in_place, scale=factor, config=config)
+            elif takes_cudnn(q):
+                fastest = cudnn
+        if fastest is None:
+            return reference(q, source, length)
+        return jax.lax.platform_dependent(q, source, length, cuda=fastest, default=reference)
 
     in_parts.defvjp(functools.partial(jax.vjp, whole), lambda pullback, gradient: pullback(gradient))
     return in_parts(q, source, length)
+
+
+def _config(q: Array, rows: RowsInPlace | None, implementation: Implementation) -> HopperConfig | None:
+    """Of the Hopper kernel, where it can read the rows from where they lie."""
+    if rows is None or not takes_groups(q, rows.k) or not (implementation == "hopper" or on_hopper()):
+        return None
+    return hopper_config("full", q.shape[1], rows.k.shape[1])
+
+
+def _in_place(q: Array, source: Any, length: Array, *, in_place: Any, scale: float, config: HopperConfig) -> Array:
+    k, v, first_group = in_place(source)
+    return attention_hopper_groups(
+        q, k, v, first_group=first_group, key_length=length, scale=scale, config=config
+    )  # fmt: skip
 
 
 def _row_bytes(q: Array) -> int:

@@ -3,10 +3,15 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from x2v_jax.ops.attention.gradients import with_gradient_of
+from x2v_jax.ops.attention.hopper_config import Precision
+from x2v_jax.ops.attention.simulated import attention_simulated
 
 # Scores that exist at one time stay below this many float32 values: 256 MiB on accelerators, and 32 MiB where that
 # leaves enough queries for a product to be worth its name. On CPU 32 MiB: several times as fast as 256, since the
@@ -24,41 +29,76 @@ def attention_reference(
     *,
     scale: float,
     key_length: Int[Array, ""] | None = None,
-) -> Float[Array, "b lq h d"]:
+    precision: Precision = "full",
+    with_log_sum_exp: bool = False,
+) -> Any:
     """softmax(q k^T * scale) v with float32 scores and softmax. Queries are taken in chunks; the result is the same.
 
-    key_length: only the first so many keys are attended, at least 1; may be traced. None: all.
+    Args:
+        key_length: only the first so many keys are attended, at least 1; may be traced. None: all.
+        precision: other than "full", what a Hopper GPU computes in 8 bits, rounding for rounding; its gradient is that
+            of full precision.
+        with_log_sum_exp: (attention, natural logarithm of the sum of the scores' exponentials [B, H, Lq]) comes back.
     """
-    cpu = functools.partial(_attend_by_heads, scale=scale, key_length=key_length)
-    default = functools.partial(_attend_by_queries, scale=scale, key_length=key_length)
+    if precision != "full":
+        return _simulated(q, k, v, scale, precision, key_length, with_log_sum_exp)
+    fixed: dict[str, Any] = {"scale": scale, "key_length": key_length, "with_log_sum_exp": with_log_sum_exp}
+    cpu = functools.partial(_attend_by_heads, **fixed)
+    default = functools.partial(_attend_by_queries, **fixed)
     return jax.lax.platform_dependent(q, k, v, cpu=cpu, default=default)
 
 
-def _attend_by_queries(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
+def _simulated(
+    q: Array, k: Array, v: Array, scale: float, precision: Precision, key_length: Array | None, with_log_sum_exp: bool
+) -> Any:
+    def exact(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
+        return attention_reference(q, k, v, scale=scale, key_length=key_length, with_log_sum_exp=with_log_sum_exp)
+
+    def forward(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
+        both = attention_simulated(q, k, v, scale=scale, precision=precision, key_length=key_length)
+        return both if with_log_sum_exp else both[0]
+
+    return with_gradient_of(exact, forward)(q, k, v, key_length)
+
+
+def _attend_by_queries(
+    q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None, with_log_sum_exp: bool = False
+) -> Any:
     b, lq, h, _ = q.shape
+    attend = functools.partial(_attend, scale=scale, key_length=key_length, with_log_sum_exp=with_log_sum_exp)
     one = b * h * k.shape[1]
     chunk = max(1, _FEW_SCORES // one, min(_FEW_QUERIES, _MAX_SCORES // one))
     if chunk >= lq:
-        return _attend(q, k, v, scale, key_length)
-    chunks = -(-lq // chunk)
-    padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - lq), (0, 0), (0, 0)))
-    split = padded.reshape(b, chunks, chunk, h, -1).swapaxes(0, 1)
-    out = jax.lax.map(lambda q_chunk: _attend(q_chunk, k, v, scale, key_length), split)
-    return out.swapaxes(0, 1).reshape(b, chunks * chunk, h, -1)[:, :lq]
+        out = attend(q, k, v)
+    else:
+        chunks = -(-lq // chunk)
+        padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - lq), (0, 0), (0, 0)))
+        split = padded.reshape(b, chunks, chunk, h, -1).swapaxes(0, 1)
+        # Without jax.checkpoint a gradient would keep the scores of all chunks.
+        out = jax.lax.map(lambda q_chunk: jax.checkpoint(attend)(q_chunk, k, v), split)
+        out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, chunks * chunk, *x.shape[3:])[:, :lq], out)
+    return (out[0], out[1].swapaxes(1, 2)) if with_log_sum_exp else out
 
 
-def _attend(q: Array, k: Array, v: Array, scale: float, key_length: Array | None) -> Array:
+def _attend(
+    q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None, with_log_sum_exp: bool = False
+) -> Any:
+    """[B, queries, H, D], and, if asked, [B, queries, H]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(_without_keys_past(key_length, scores), axis=-1)
+    scores = _without_keys_past(key_length, scores)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    out = out.astype(q.dtype)
+    return (out, jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2)) if with_log_sum_exp else out
 
 
-def _attend_by_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
+def _attend_by_heads(
+    q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None, with_log_sum_exp: bool = False
+) -> Any:
     """Groups of heads in turn, heads leading: with heads behind, XLA on CPU transposes scores before products."""
     b, lq, h, d = q.shape
     heads = [x.swapaxes(1, 2).reshape(b * h, x.shape[1], d) for x in (q, k, v)]
-    attend = functools.partial(_attend_heads, scale=scale, key_length=key_length)
+    attend = functools.partial(_attend_heads, scale=scale, key_length=key_length, with_log_sum_exp=with_log_sum_exp)
     group = max(1, _MAX_SCORES_CPU // (lq * k.shape[1]))
     if group >= b * h:
         out = attend(*heads)
@@ -67,10 +107,12 @@ def _attend_by_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: 
         # Without jax.checkpoint a gradient would keep the scores of all blocks.
         by_queries = functools.partial(_in_chunks, jax.checkpoint(attend))
         out = jax.lax.map(lambda x: by_queries(*x), [x.reshape(-1, group, *x.shape[1:]) for x in heads])
-    return out.reshape(b, h, lq, d).swapaxes(1, 2)
+    if not with_log_sum_exp:
+        return out.reshape(b, h, lq, d).swapaxes(1, 2)
+    return out[0].reshape(b, h, lq, d).swapaxes(1, 2), out[1].reshape(b, h, lq)
 
 
-def _in_chunks(attend: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Array:
+def _in_chunks(attend: Callable[[Array, Array, Array], Any], q: Array, k: Array, v: Array) -> Any:
     g, lq, d = q.shape
     chunks = min(lq, math.ceil(g * lq * k.shape[1] / _MAX_SCORES_CPU))
     if chunks == 1:
@@ -79,19 +121,23 @@ def _in_chunks(attend: Callable[[Array, Array, Array], Array], q: Array, k: Arra
     chunks = math.ceil(lq / chunk)
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - lq), (0, 0)))
     out = jax.lax.map(lambda q: attend(q, k, v), padded.reshape(g, chunks, chunk, d).swapaxes(0, 1))
-    return out.swapaxes(0, 1).reshape(g, chunks * chunk, d)[:, :lq]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(g, chunks * chunk, *x.shape[3:])[:, :lq], out)
 
 
-def _attend_heads(q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None) -> Array:
+def _attend_heads(
+    q: Array, k: Array, v: Array, *, scale: float, key_length: Array | None, with_log_sum_exp: bool = False
+) -> Any:
     """[heads, queries, d]. Divides by the sum of the weights after the product: d divisions a query instead of keys."""
     scores = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32) * scale
     scores = _without_keys_past(key_length, scores)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     out = jax.lax.dot_general(
         weights.astype(v.dtype), v, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
-    return (out / total).astype(q.dtype)
+    out = (out / total).astype(q.dtype)
+    return (out, (top + jnp.log(total))[..., 0]) if with_log_sum_exp else out
 
 
 def _without_keys_past(key_length: Array | None, scores: Array) -> Array:

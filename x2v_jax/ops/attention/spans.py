@@ -1,26 +1,25 @@
 """Attention under a block mask without a mask: each span of queries attends, densely, to its own keys.
 
-Block-causal masks with a window and a sink have this form. Nothing of size queries x keys is stored, keys that are
-masked cost nothing, and every part can be taken by the kernels that know no masks.
+Block-causal masks with a window and a sink have this form. Nothing of size queries x keys is stored, and keys that are
+masked cost nothing. The Hopper kernel takes a whole clip at once, from a table; every other implementation gets the
+spans one by one, and need not know of masks.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from x2v_jax.ops.attention.api import Implementation, attention
-
-
-class Span(NamedTuple):
-    """Queries [start, stop) attend to the keys [0, sink) and [first_key, stop_key). sink <= first_key."""
-
-    start: int
-    stop: int
-    first_key: int
-    stop_key: int
-    sink: int = 0
+from x2v_jax.ops.attention.choose_hopper import hopper_config
+from x2v_jax.ops.attention.gradients import with_gradient_of
+from x2v_jax.ops.attention.hopper import attention_hopper_spans, takes_hopper
+from x2v_jax.ops.attention.hopper_config import Precision
+from x2v_jax.ops.attention.simulated import attention_simulated
+from x2v_jax.ops.attention.tiles import Span, check_spans
 
 
 def attention_by_spans(
@@ -31,33 +30,50 @@ def attention_by_spans(
     *,
     scale: float | None = None,
     implementation: Implementation = "auto",
+    precision: Precision = "full",
 ) -> Float[Array, "b lq h d"]:
     """softmax(q k^T * scale) v, each span of queries over its own keys. The spans cover all queries in order.
 
-    One attention a span is compiled: meant for the tens of blocks of a training clip, not for thousands.
+    implementation, precision: as of `attention`. "auto" in full precision takes spans one by one, which for training
+    has the faster backward pass. One attention a span is compiled then: meant for the tens of blocks of a clip, not for
+    thousands.
     """
-    _check(spans, q.shape[1], k.shape[1])
+    check_spans(spans, q.shape[1], k.shape[1])
+    one_by_one = functools.partial(_one_by_one, spans=spans, scale=scale)
+    if precision == "full" and (implementation != "hopper" or not takes_hopper(q, k, v)):
+        return one_by_one(q, k, v, implementation=implementation)
+    if implementation == "cudnn":
+        return one_by_one(q, k, v, implementation=implementation, precision=precision)  # which says why not
+
+    fixed: dict[str, Any] = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "precision": precision}
+    exact = with_gradient_of(lambda q, k, v, _: one_by_one(q, k, v), _reference(spans, one_by_one, fixed))
+    if implementation == "reference" or not takes_hopper(q, k, v):
+        return exact(q, k, v, None)
+    config = hopper_config(precision, q.shape[1], k.shape[1])
+    if config is None:
+        return one_by_one(q, k, v)
+    kernel = functools.partial(attention_hopper_spans, spans=spans, config=config, **fixed)
+    by_kernel = with_gradient_of(lambda q, k, v, _: one_by_one(q, k, v), lambda q, k, v, _: kernel(q, k, v))
+    return jax.lax.platform_dependent(
+        q, k, v, cuda=lambda q, k, v: by_kernel(q, k, v, None), default=lambda q, k, v: exact(q, k, v, None)
+    )
+
+
+def _reference(spans: Sequence[Span], one_by_one: Any, fixed: dict[str, Any]) -> Any:
+    if fixed["precision"] == "full":
+        return lambda q, k, v, _: one_by_one(q, k, v, implementation="reference")
+    # As the kernel has it: keys have their scales once, whoever attends to them.
+    return lambda q, k, v, _: attention_simulated(q, k, v, spans=spans, **fixed)[0]
+
+
+def _one_by_one(q: Array, k: Array, v: Array, *, spans: Sequence[Span], **arguments: Any) -> Array:
     outputs = []
     for span in spans:
         keys, values = (_rows(x, span) for x in (k, v))
-        outputs.append(
-            attention(q[:, span.start : span.stop], keys, values, scale=scale, implementation=implementation)
-        )
+        outputs.append(attention(q[:, span.start : span.stop], keys, values, **arguments))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _rows(x: Array, span: Span) -> Array:
     recent = x[:, span.first_key : span.stop_key]
     return recent if not span.sink else jnp.concatenate([x[:, : span.sink], recent], axis=1)
-
-
-def _check(spans: Sequence[Span], queries: int, keys: int) -> None:
-    position = 0
-    for span in spans:
-        if span.start != position or span.stop <= span.start:
-            raise ValueError(f"{span} does not go on at query {position}")
-        if not 0 <= span.sink <= span.first_key < span.stop_key <= keys:
-            raise ValueError(f"{span} asks for keys that are not within {keys}, or for some of them twice")
-        position = span.stop
-    if position != queries:
-        raise ValueError(f"the spans end at query {position} of {queries}")

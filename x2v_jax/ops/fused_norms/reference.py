@@ -1,0 +1,56 @@
+"""The fused norms in jnp."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows, quantize_rows_reference
+
+
+def layernorm_modulate(
+    x: Float[Array, "b l d"], shift: Float[Array, "#b #l d"], scale: Float[Array, "#b #l d"], eps: float
+) -> Float[Array, "b l d"]:
+    """Layer normalisation without parameters, times 1 + scale, plus shift; float32."""
+    x = x.astype(jnp.float32)
+    # The variance in a second pass: E[x^2] - E[x]^2 cancels badly where the mean is large.
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    normal = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return normal * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+
+
+def layernorm_modulate_quantize_reference(
+    x: Float[Array, "b l d"],
+    shift: Float[Array, "#b #l d"],
+    scale: Float[Array, "#b #l d"],
+    eps: float,
+    dtype: DTypeLike,
+) -> QuantizedRows:
+    return quantize_rows_reference(layernorm_modulate(x, shift, scale, eps), dtype)
+
+
+def rmsnorm_rope_float32(
+    x: Float[Array, "b l d"],
+    weight: Float[Array, " d"],
+    cos: Float[Array, "l h"],
+    sin: Float[Array, "l h"],
+    eps: float,
+) -> Float[Array, "b l n h"]:
+    """RMSNorm over D, then (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent channels of each head."""
+    x = x.astype(jnp.float32)
+    x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    x = x.reshape(*x.shape[:2], -1, cos.shape[-1])
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
+    return x * cos[:, None] + swapped * sin[:, None]
+
+
+def rmsnorm_rope_reference(
+    x: Float[Array, "b l d"],
+    weight: Float[Array, " d"],
+    cos: Float[Array, "l h"],
+    sin: Float[Array, "l h"],
+    eps: float,
+    dtype: DTypeLike,
+) -> Array | QuantizedRows:
+    y = rmsnorm_rope_float32(x, weight, cos, sin, eps)
+    return quantize_rows_reference(y, dtype) if jnp.dtype(dtype).itemsize == 1 else y.astype(dtype)
