@@ -1,6 +1,5 @@
 """python -m convert wan|inspect|export|extract-lora: parse, call, report. The work is in x2v_jax.checkpoint."""
 
-import json
 import signal
 import sys
 from collections.abc import Callable
@@ -17,11 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parse(arguments)
         if args.command == "inspect":
-            from convert.memory import COUNTED, phases
-            from x2v_jax.checkpoint.inspect import inspect, to_text
+            from convert.describe import describe
 
-            found = inspect(args.path, phases)
-            print(json.dumps(found.to_dict(), indent=2) if args.json else to_text(found, COUNTED))
+            describe(args)
         elif args.command == "wan":
             from x2v_jax.checkpoint.convert import convert
 

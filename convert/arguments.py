@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 VARIANTS = ("base", "distill", "causvid", "self_forcing")
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+QUANTIZE = ("keep", "none", "int8", "fp8")
+QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 LAYOUTS = ("wan", "lightx2v", "diffusers")
 LORA_DIALECTS = ("lightx2v", "comfyui", "diffusers")
 
@@ -35,6 +37,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     inspect = commands.add_parser("inspect", help="tell what a file or folder holds")
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--layers", action="store_true", help="read 8-bit weights and tell of each matrix")
+    inspect.add_argument(
+        "--against", metavar="SRC", help="the same with the error of each, from its 16- or 32-bit source"
+    )
     export = commands.add_parser("export", help="write a converted checkpoint back in a published layout, bit exact")
     export.add_argument("checkpoint", metavar="CKPT")
     export.add_argument("destination", metavar="DST")
@@ -47,13 +53,27 @@ def _add_wan(commands: Any) -> None:
     wan = commands.add_parser(
         "wan",
         help="convert an official, LightX2V, diffusers or trainer's checkpoint",
-        description="Converts a Wan2.1 checkpoint in any published layout: folder, single file, or shards.",
+        description="Converts a Wan2.1 checkpoint in any published layout: folder, single file, or shards. A converted "
+        "one is taken too, to change its types or to merge LoRAs.",
     )
     wan.add_argument("source", metavar="SRC", help="folder or file")
     wan.add_argument("destination", metavar="DST", help="folder to make; it appears when it is complete")
     wan.add_argument("--variant", choices=VARIANTS, help="which transformer, where SRC holds several")
     wan.add_argument("--component", action="append", choices=COMPONENTS, default=[], help="only this one (repeatable)")
     wan.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the weights (default: as they are)")
+    wan.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="keep",
+        help="bring the transformer's matrices to 8 bits; none multiplies 8-bit files out (default: as they are)",
+    )
+    wan.add_argument(
+        "--quantize-component",
+        action="append",
+        choices=QUANTIZABLE,
+        default=[],
+        help="what --quantize means instead of the transformer alone (repeatable)",
+    )
     wan.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", default=[], help="merge it in (repeatable)")
     wan.add_argument("--allow-partial", action="store_true", help="merge what fits of a LoRA and report the rest")
     wan.add_argument("--schedule", metavar="NAME|JSON|FILE", help="sampling settings, or fields of them as JSON")
@@ -94,6 +114,8 @@ def options(args: argparse.Namespace) -> "Options":
         variant=args.variant,
         components=tuple(dict.fromkeys(args.component)),
         dtype=args.dtype,
+        quantize=args.quantize,
+        quantize_components=tuple(dict.fromkeys(args.quantize_component)),
         loras=tuple(parse_lora_argument(text) for text in args.lora),
         allow_partial=args.allow_partial,
         schedule=args.schedule,

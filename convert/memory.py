@@ -1,7 +1,7 @@
 """The memory that running a checkpoint takes, from sizes alone, as the pipeline itself predicts it."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from x2v_jax.checkpoint.names import native_shapes
 from x2v_jax.models.config import Schedule, VaeConfig
 
 COUNTED = (
-    "weights in bfloat16 (norms and the VAE in float32) and estimated activations; the text encoder and CLIP leave the "
-    "device before denoising"
+    "weights in bfloat16 (those in 8 bits as they are, norms and the VAE in float32) and estimated activations; the "
+    "text encoder and CLIP leave the device before denoising"
 )
 
 
@@ -31,11 +31,12 @@ class _Sizes:
         return {name: types.SimpleNamespace(shape=shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def phases(configs: Mapping[str, Any], schedule: Schedule) -> dict[str, int]:
+def phases(configs: Mapping[str, Any], schedule: Schedule, quantized: Collection[str] = ()) -> dict[str, int]:
     """Bytes on the device by phase, for one video at the schedule's size.
 
     Args:
         configs: component -> its config, of those that are there. Without a transformer there is nothing to predict.
+        quantized: those whose matrices are 8-bit.
     """
     if "transformer" not in configs or (configs["transformer"].model_type == "i2v" and "image_encoder" not in configs):
         return {}
@@ -46,4 +47,5 @@ def phases(configs: Mapping[str, Any], schedule: Schedule) -> dict[str, int]:
         schedule.width // vae.spatial_stride,
     )
     guided = not schedule.is_distilled and schedule.guidance_scale != 1
-    return memory.plan(_Sizes(configs), {"vae": vae, **configs}, latents, guided=guided).phases
+    plan = memory.plan(_Sizes(configs), {"vae": vae, **configs}, latents, guided=guided, quantized=tuple(quantized))
+    return plan.phases

@@ -12,7 +12,7 @@ from small_checkpoints import official_folder, random_tensors, save
 
 from convert import arguments
 from convert.__main__ import main
-from x2v_jax.checkpoint import export, layouts, names, streaming
+from x2v_jax.checkpoint import eight_bit, export, layouts, names, streaming
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.errors import UserError
 
@@ -44,6 +44,24 @@ def test_convert_inspect_and_export(tmp_path, capsys):
     assert native.model["provenance"]["command"].startswith("python -m convert")
 
 
+def test_quantize_and_tell_of_each_matrix(tmp_path, capsys):
+    official_folder(tmp_path / "src")
+    src, out, third = (str(tmp_path / name) for name in ("src", "out", "third"))
+    assert main(["wan", src, out, "--quantize", "fp8", "--quantize-component", "text_encoder"]) == 0
+    assert "note: text_encoder: 14 matrices become float8_e4m3fn" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    assert "--layers tells of each" in capsys.readouterr().out
+    assert main(["inspect", out, "--against", src]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15 and "blocks.0.attn.q.weight float8_e4m3fn: scale" in "".join(lines)
+    assert lines[-1].startswith("text_encoder: 14 matrices, relative error ")
+    assert main(["inspect", out, "--layers", "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert len(reports) == 14 and reports[0]["relative_error"] is None
+    assert main(["wan", out, third, "--quantize", "int8"]) == 0
+    assert open_checkpoint(third).model["quantization"].keys() == {"transformer", "text_encoder"}
+
+
 def test_sizes_can_be_given(tmp_path, capsys):
     save(tmp_path / "distill.safetensors", random_tensors("transformer"))
     src, out = str(tmp_path / "distill.safetensors"), str(tmp_path / "out")
@@ -61,6 +79,8 @@ def test_sizes_can_be_given(tmp_path, capsys):
         (["wan", "/nowhere", "/tmp/never-made"], "no such file or folder"),
         (["wan", "a", "b", "--variant", "fast"], "invalid choice: 'fast'"),
         (["wan", "a", "b", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["wan", "a", "b", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["wan", "a", "b", "--quantize", "int8", "--quantize-component", "vae"], "invalid choice: 'vae'"),
         (["wan", "a", "b", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["wan", "a", "b", "--set", "num_heads=2"], "COMPONENT.FIELD=VALUE"),
         (["wan", "a", "b", "--set", "vae.z_dim=many"], "'many' is no number"),
@@ -116,6 +136,8 @@ def test_the_choices_are_those_of_the_library():
     assert arguments.COMPONENTS == names.COMPONENTS
     assert ("keep", *streaming.DTYPES) == arguments.DTYPES
     assert arguments.LAYOUTS == export.LAYOUTS
+    assert ("keep", "none", *eight_bit.WORDS) == arguments.QUANTIZE
+    assert arguments.QUANTIZABLE == names.QUANTIZABLE
 
 
 def test_settings_are_json():

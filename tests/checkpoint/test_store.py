@@ -118,7 +118,7 @@ def test_references_in_a_circle(tmp_path):
     ("changes", "message"),
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"format_version": 2}, "format_version is 2, and this program reads up to 1; update it"),
+        ({"format_version": 3}, "format_version is 3, and this program reads up to 2; update it"),
         ({"format_version": "new"}, "format_version is 'new'"),
         ({"components": []}, "components is not"),
         ({"components": {"rogue": {}}}, "components is not"),
@@ -126,7 +126,7 @@ def test_references_in_a_circle(tmp_path):
         ({"components": {"vae": {"config": {}, "files": []}}}, "lists no files"),
         ({"components": {"vae": {"config": {}, "files": ["../x.safetensors"]}}}, "outside it; refused"),
         ({"components": {"vae": {"config": {}, "files": ["gone.safetensors"]}}}, "gone.safetensors is missing"),
-        ({"quantization": {"bits": 8}}, "quantized weights"),
+        ({"quantization": {"transformer": {"dtype": "int4"}}}, "is .int4.; this program runs int8"),
     ],
 )
 def test_a_damaged_model_json(tmp_path, changes, message):

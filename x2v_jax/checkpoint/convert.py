@@ -14,7 +14,8 @@ from x2v_jax.checkpoint.native_writer import (
     write_component,
     write_model_json,
 )
-from x2v_jax.checkpoint.plan import Options, Plan, make_plan
+from x2v_jax.checkpoint.options import Options
+from x2v_jax.checkpoint.plan import Plan, make_plan
 from x2v_jax.errors import UserError
 
 __all__ = ["Options", "Progress", "convert"]
@@ -28,7 +29,7 @@ def convert(
     options: Options | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> tuple[str, ...]:
-    """Converts a published checkpoint.
+    """Converts a published checkpoint, or a native one to other types.
 
     Args:
         source: a folder or file in any layout that `layouts.recognise` knows.
@@ -60,8 +61,11 @@ def convert(
             "command": options.command,
             "version": x2v_jax.__version__,
             "loras": [
-                {"file": path.name, "sha256": results[path]["sha256"], "strength": strength}
-                for path, (_, strength) in zip(loras, options.loras, strict=True)
+                *plan.earlier_loras,
+                *(
+                    {"file": path.name, "sha256": results[path]["sha256"], "strength": strength}
+                    for path, (_, strength) in zip(loras, options.loras, strict=True)
+                ),
             ],
         }
         write_model_json(
@@ -71,6 +75,7 @@ def convert(
             schedule=plan.schedule,
             components=entries,
             provenance=provenance,
+            quantization=plan.quantizations,
         )
     return plan.notes + ((f"NaN or infinity kept in {bad}",) if bad else ())
 
@@ -84,7 +89,14 @@ def _write(plan: Plan, folder: pathlib.Path, on_progress: Progress) -> dict[str,
         on_progress(done, plan.nbytes)
 
     entries: dict[str, Any] = {
-        component: write_component(folder, component, plan.opened[component].config, streams, on_bytes=on_bytes)
+        component: write_component(
+            folder,
+            component,
+            plan.opened[component].config,
+            streams,
+            quantization=plan.quantizations.get(component),
+            on_bytes=on_bytes,
+        )
         for component, streams in plan.streams.items()
     }
     entries |= {component: {"reference": target} for component, target in plan.references.items()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.arrays import contiguous
+from x2v_jax.checkpoint.eight_bit import WORDS
 from x2v_jax.checkpoint.export_configs import (
     clip_config,
     image_processor_config,
@@ -20,9 +21,10 @@ from x2v_jax.checkpoint.export_configs import (
     vae_config,
     wan_config,
 )
-from x2v_jax.checkpoint.names import COMPONENTS, Config, Row, Transform, official_shapes, table
+from x2v_jax.checkpoint.names import COMPONENTS, Config, Transform, official_shapes
 from x2v_jax.checkpoint.names_diffusers import DiffusersNames
 from x2v_jax.checkpoint.native_writer import MODEL_FILE, SHARD_BYTES, complete_folder
+from x2v_jax.checkpoint.opened import official_tensors
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
 from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule
 from x2v_jax.checkpoint.sizes import infer_config
@@ -43,6 +45,9 @@ _LIGHTX2V_FILES = {
     "distill": "distill_models/distill_model",
     "causvid": "causvid_models/causal_model",
 }
+
+# What LightX2V calls the types in the names of its files.
+_LIGHTX2V_WORDS = {quantization: word for word, quantization in WORDS.items()}
 
 Tensors = Mapping[str, LazyTensor]
 OnBytes = Callable[[int], None]
@@ -77,6 +82,12 @@ def export(
     ):
         raise UserError(f"{destination} is a converted checkpoint; choose another destination to export to")
     present = [c for c in COMPONENTS if native.has(c)]
+    quantized = [c for c in present if native.quantization(c)]
+    if quantized and layout != "lightx2v":
+        raise UserError(
+            f"--layout {layout}: it has no place for the 8-bit weights of the {', '.join(quantized)}; give --layout "
+            "lightx2v, or multiply them out first with `python -m convert wan … --quantize none`"
+        )
     tensors = {component: official_tensors(native, component) for component in present}
     total = sum(t.nbytes for one in tensors.values() for t in one.values())
     done = 0
@@ -92,29 +103,14 @@ def export(
     return tuple(_notes(native, layout, present))
 
 
-def official_tensors(native: NativeCheckpoint, component: str) -> dict[str, LazyTensor]:
-    """The tensors of a native component under official names and in official axes, read one at a time."""
-    own = native.tensors(component)
-    return {
-        key: _official(row, own[row.native], layer)
-        for row in table(component, native.config(component))
-        for layer, key in enumerate(row.official_keys)
-    }
-
-
-def _official(row: Row, tensor: LazyTensor, layer: int) -> LazyTensor:
-    def load():
-        values = tensor.read()
-        return contiguous(row.transform.backward(values if row.layers is None else values[layer]))
-
-    return LazyTensor(row.official_shape, tensor.dtype, load)
-
-
 def _write_wan(
     folder: pathlib.Path, native: NativeCheckpoint, tensors: Mapping[str, Tensors], layout: str, on_bytes: OnBytes
 ) -> None:
     for component, own in tensors.items():
-        if component == "transformer":
+        quantization = native.quantization(component)
+        if quantization is not None:
+            _write_8bit(folder, component, own, native.variant, _LIGHTX2V_WORDS[quantization], on_bytes)
+        elif component == "transformer":
             name = _LIGHTX2V_FILES[native.variant] if layout == "lightx2v" else _LIGHTX2V_FILES["base"]
             # LightX2V reads a distilled model from this one file; only base weights may be shards.
             limit = SHARD_BYTES if name == _LIGHTX2V_FILES["base"] else None
@@ -125,6 +121,24 @@ def _write_wan(
     if described := described | _untold_of(native, tensors):
         _write_json(folder / "config.json", described)
     _copy_tokenizer(native, folder / "google/umt5-xxl")
+
+
+def _write_8bit(
+    folder: pathlib.Path, component: str, tensors: Tensors, variant: str, word: str, on_bytes: OnBytes
+) -> None:
+    """Weights with their scales, where LightX2V's configs expect them."""
+    if component == "transformer":
+        place = folder / _folder_of_8bit(variant, word)
+        # Its loader finds 8-bit weights by their index alone, even of a single file.
+        _write_safetensors(place / "diffusion_pytorch_model", tensors, on_bytes, SHARD_BYTES, indexed=True)
+    else:
+        (folder / word).mkdir(parents=True, exist_ok=True)
+        name = {"text_encoder": f"models_t5_umt5-xxl-enc-{word}.pth", "image_encoder": f"clip-{word}.pth"}[component]
+        write_torch_file(folder / word / name, _reporting(tensors, on_bytes))
+
+
+def _folder_of_8bit(variant: str, word: str) -> str:
+    return word if variant == "base" else f"{variant}_{word}"
 
 
 def _untold_of(native: NativeCheckpoint, components: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -206,7 +220,9 @@ def _reporting(tensors: Tensors, on_bytes: OnBytes) -> dict[str, LazyTensor]:
     return {key: counted(tensor) for key, tensor in tensors.items()}
 
 
-def _write_safetensors(path: pathlib.Path, tensors: Tensors, on_bytes: OnBytes, limit: int | None) -> None:
+def _write_safetensors(
+    path: pathlib.Path, tensors: Tensors, on_bytes: OnBytes, limit: int | None, *, indexed: bool = False
+) -> None:
     """PATH.safetensors, or numbered shards with an index where they are larger than `limit`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
@@ -227,7 +243,7 @@ def _write_safetensors(path: pathlib.Path, tensors: Tensors, on_bytes: OnBytes, 
             for key in keys:
                 writer.write(key, tensors[key])
                 on_bytes(tensors[key].nbytes)
-    if len(shards) > 1:
+    if indexed or len(shards) > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(path.parent / f"{path.name}.safetensors.index.json", index)
@@ -259,6 +275,12 @@ def _schedule_text(native: NativeCheckpoint, layout: str) -> str | None:
 
 
 def _notes(native: NativeCheckpoint, layout: str, present: list[str]):
+    for component in present:
+        if (quantization := native.quantization(component)) is not None:
+            word = _LIGHTX2V_WORDS[quantization]
+            place = _folder_of_8bit(native.variant, word) if component == "transformer" else word
+            key = {"transformer": "dit", "text_encoder": "t5", "image_encoder": "clip"}[component]
+            yield f"{component}: the {word} weights are in {place}/; LightX2V finds them by {key}_quantized_ckpt"
     if native.variant != "base" and "transformer" in present:
         if layout == "lightx2v":
             yield "the schedule is not in the files: LightX2V takes it from its own JSON configs"

@@ -1,17 +1,17 @@
 """Tells what a path holds: model, layout, variants, tensors, what is missing, how to convert it, what it takes."""
 
 import dataclasses
-import math
 import pathlib
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.layouts import Layout, Source, recognise
 from x2v_jax.checkpoint.lora import LoraFile
 from x2v_jax.checkpoint.lora_keys import Role
 from x2v_jax.checkpoint.names import COMPONENTS, parameter_count
-from x2v_jax.checkpoint.plan import open_source
+from x2v_jax.checkpoint.opened import open_source
+from x2v_jax.checkpoint.quantization_plan import stored_quantization
 from x2v_jax.checkpoint.schedules import default_schedule
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
@@ -32,7 +32,11 @@ _LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One network of a path. problems: why it cannot be converted, empty when it can."""
+    """One network of a path.
+
+    quantization: the type of its matrices where they can be run in 8 bits. problems: why it cannot be converted, empty
+    when it can.
+    """
 
     component: str
     variant: str | None
@@ -44,6 +48,7 @@ class Network:
     naming: str
     config: Mapping[str, Any] | None
     problems: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +72,15 @@ class Description:
         return dataclasses.asdict(self)
 
 
-Memory = Callable[[Mapping[str, Any], Schedule], Mapping[str, int]]
+Memory = Callable[[Mapping[str, Any], Schedule, Collection[str]], Mapping[str, int]]
 
 
-def inspect(path: str | pathlib.Path, memory: Memory = lambda configs, schedule: {}) -> Description:
+def inspect(path: str | pathlib.Path, memory: Memory = lambda configs, schedule, quantized: {}) -> Description:
     """Describes a file or folder; reads names and headers only.
 
     Args:
-        memory: predicts the bytes of each phase of a run from the networks' configs and the schedule.
+        memory: predicts the bytes of each phase of a run from the networks' configs, the schedule, and which networks
+            are 8-bit.
 
     Raises:
         UserError: it does not exist or a file in it is damaged.
@@ -113,10 +119,10 @@ def _lora_name(path: pathlib.Path) -> str:
 
 
 def _network(source: Source) -> tuple[Network, Any]:
-    config, problems, wrong = None, [], None
+    config, problems, wrong, quantization = None, [], None, None
     try:
         opened, problems = open_source(source)
-        config = opened.config
+        config, quantization = opened.config, stored_quantization(opened)
     except UserError as error:
         wrong = str(error)
     tensors = list(source.read().tensors.values())
@@ -132,6 +138,7 @@ def _network(source: Source) -> tuple[Network, Any]:
             source.naming,
             config.to_dict() if config else None,
             tuple(problems) + ((wrong,) if wrong else ()),
+            quantization,
         ),
         config,
     )
@@ -162,12 +169,13 @@ def _native(checkpoint: NativeCheckpoint, memory: Memory) -> Description:
                 checkpoint.variant if component == "transformer" else None,
                 ", ".join(str(file) for file in checkpoint.files(component)),
                 len(tensors),
-                sum(math.prod(t.shape) for t in tensors),
+                parameter_count(component, config),
                 _dtypes(tensors),
                 sum(t.nbytes for t in tensors),
                 "native",
                 config.to_dict(),
                 problems,
+                checkpoint.quantization(component),
             )
         )
     tokenizer = checkpoint.tokenizer_file()
@@ -204,7 +212,7 @@ def _describe(
     present = {network.component for network in networks} | ({"tokenizer"} if tokenizer else set())
     image = transformer is not None and transformer.model_type == "i2v"
     needed = ("transformer", "vae", "text_encoder", *(("image_encoder",) if image else ()), "tokenizer")
-    phases = dict(memory(configs, schedule))
+    phases = dict(memory(configs, schedule, {network.component for network in networks if network.quantization}))
     return Description(
         path=str(path),
         layout=kind,
@@ -261,6 +269,10 @@ def to_text(found: Description, counted: str = "") -> str:
             f"    {network.tensors:,} tensors, {_count(network.parameters)} parameters, {_size(network.bytes)}, "
             f"{network.naming} names; {dtypes}"
         )
+        if network.quantization:
+            lines.append(
+                f"    matrices of the blocks: {network.quantization}; --layers tells of each, --against SRC of errors"
+            )
         lines += [f"    cannot be converted: {problem}" for problem in network.problems]
     if found.networks:
         lines.append(f"  tokenizer  {found.tokenizer or 'not here'}")
@@ -270,7 +282,7 @@ def to_text(found: Description, counted: str = "") -> str:
     if found.memory:
         phases = ", ".join(f"{phase} {_size(count)}" for phase, count in found.memory.items())
         peak = _size(max(found.memory.values()))
-        lines.append(f"  memory     {peak} on the device for {found.memory_at}, in bfloat16")
+        lines.append(f"  memory     {peak} on the device for {found.memory_at}")
         lines.append(f"             {phases}")
         lines.append(f"             counted: {counted}")
     for command in found.commands:

@@ -1,11 +1,13 @@
 """Merges LoRA files into a model's weights: W + strength * (alpha / rank * up @ down) + strength * difference.
 
 The sum is taken in float32 and rounded once to the weight's own type, whatever the number of files, so that the order
-of the files does not matter and a LoRA taken off again (negative strength) leaves only rounding. LightX2V instead
-rounds to bfloat16 after every file, ignores `alpha`, and passes over tensors that fit nothing; here each tensor is
-accounted for and a misfit is an error unless a partial merge is asked for.
+of the files does not matter and a LoRA taken off again (negative strength) leaves only rounding. 8-bit weights are
+multiplied out with their scales for it, and rounded to 8 bits again with new ones. LightX2V instead rounds to bfloat16
+after every file, ignores `alpha`, and passes over tensors that fit nothing; here each tensor is accounted for and a
+misfit is an error unless a partial merge is asked for.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,9 +15,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from x2v_jax.checkpoint.eight_bit import dequantize, quantization_of, quantize
 from x2v_jax.checkpoint.lora_file import SUFFIXES, LoraFile
 from x2v_jax.checkpoint.lora_plan import Change, TensorLike, plan_merge
-from x2v_jax.checkpoint.lora_report import LoraFileReport, LoraReport, Misfit
+from x2v_jax.checkpoint.lora_report import LoraFileReport, LoraReport, Misfit, requantized
 from x2v_jax.checkpoint.names import Row
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
@@ -106,28 +109,39 @@ def merge_into_native(
     Args:
         tensors: parameter name -> weight, as `NativeCheckpoint.tensors("transformer")` gives them.
         loras: files with their strengths.
-        rows: `names.table("transformer", config)` of the checkpoint.
+        rows: `names.table("transformer", config)` of the checkpoint, of its floats even where `tensors` are 8-bit.
         allow_partial: apply what fits and only report the rest.
 
     Returns:
         As `merge_into`, by parameter name. Reading a changed stack copies that one stack; layers that no file changes
-        keep their bits.
+        keep their bits. Of 8-bit matrices, `weight` and `scale` both change.
 
     Raises:
         UserError: as `merge_into`.
     """
+    quantization = quantization_of(tensors)
     present = [row for row in rows if row.native in tensors]
+    eight_bit = [row for row in rows if row.native not in tensors and row.is_quantizable and quantization]
     model = {}
     for row in present:
         weight = tensors[row.native]
         shape = row.transform.backward_shape(tuple(weight.shape[0 if row.layers is None else 1 :]))
         model |= {key: (shape, weight.dtype) for key in row.official_keys}
+    for row in eight_bit:
+        model |= {key: (row.official_shape, np.dtype(np.float32)) for key in row.official_keys}
     changes, report = plan_merge(model, loras, allow_partial)
     merged: dict[str, Any] = dict(tensors)
-    for row in present:
+    again = 0
+    for row in (*present, *eight_bit):
         own = {layer: (key, changes[key]) for layer, key in enumerate(row.official_keys) if key in changes}
-        if own:
+        if own and row in present:
             merged[row.native] = _merged_stack(tensors[row.native], row, own)
+        elif own:
+            weight, scale = (part.native for part in row.quantized())
+            merged[weight], merged[scale] = _RequantizedStack(tensors[weight], tensors[scale], own).tensors()
+            again += len(own)
+    if quantization is not None and again:
+        report = dataclasses.replace(report, notes=(requantized(again, quantization),))
     return merged, report
 
 
@@ -144,6 +158,34 @@ def _merged_stack(weight: TensorLike, row: Row, changes: Mapping[int, tuple[str,
         return merged
 
     return LazyTensor(tuple(weight.shape), weight.dtype, load)
+
+
+class _RequantizedStack:
+    """Matrices in 8 bits with changes added: weight and scales come of one pass, whichever is read first."""
+
+    def __init__(self, weight: TensorLike, scale: TensorLike, changes: Mapping[int, tuple[str, Sequence[Change]]]):
+        self._weight, self._scale, self._changes = weight, scale, changes
+        self._ready: dict[str, np.ndarray] = {}
+
+    def tensors(self) -> tuple[LazyTensor, LazyTensor]:
+        weight, scale = self._weight, self._scale
+        return (
+            LazyTensor(tuple(weight.shape), weight.dtype, lambda: self._take("weight")),
+            LazyTensor(tuple(scale.shape), scale.dtype, lambda: self._take("scale")),
+        )
+
+    def _take(self, name: str) -> np.ndarray:
+        if name not in self._ready:
+            self._merge()
+        # Handed out once: the other half waits for its reader, and a whole stack is not held any longer.
+        return self._ready.pop(name)
+
+    def _merge(self) -> None:
+        weight, scale = np.array(self._weight.read()), np.array(self._scale.read())
+        for layer, (key, own) in self._changes.items():
+            merged = _add(key, dequantize(weight[layer], scale[layer]), own)
+            weight[layer], scale[layer] = quantize(merged, weight.dtype.name, key)
+        self._ready = {"weight": weight, "scale": scale}
 
 
 def _add(key: str, weight: np.ndarray, changes: Sequence[Change]) -> np.ndarray:

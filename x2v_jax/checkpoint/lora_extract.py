@@ -122,6 +122,13 @@ def extract_lora(
             f"the transformers of {base.path} and {distilled.path} have different sizes ({config} and "
             f"{distilled.config('transformer')}); give a model and what was distilled from it"
         )
+    for checkpoint in (base, distilled):
+        quantization = checkpoint.quantization("transformer")
+        if quantization is not None:
+            raise UserError(
+                f"{checkpoint.path}: the transformer is {quantization}, whose rounding the LoRA would hold too; give "
+                "checkpoints of the 16- or 32-bit weights"
+            )
     source = _Difference(base.tensors("transformer"), distilled.tensors("transformer"))
     rows = table("transformer", config)
     changed = {key: row for row in rows for key in source.changed(row)}

@@ -87,12 +87,21 @@ class LoraFileReport:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What became of every file, in the order given."""
+    """What became of every file, in the order given. notes: sentences about the merge as a whole."""
 
     files: tuple[LoraFileReport, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(str(file) for file in self.files)
+        return "\n".join([*(str(file) for file in self.files), *self.notes])
+
+
+def requantized(count: int, quantization: str) -> str:
+    """The sentence about `count` merged matrices that were 8-bit before and are again."""
+    return (
+        f"{count} of the changed matrices are {quantization}: they are multiplied out, merged in float32 and rounded "
+        f"to {quantization} again. Merging into the 16- or 32-bit weights and quantizing the result is more exact"
+    )
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -3,6 +3,9 @@
 One table a network. A row says which official key a parameter is, how the array's axes move, and its shape. Layers that
 the networks stack are one row: `blocks.{}.ffn.0.weight` of every layer goes to one array with a leading layer axis.
 Every transform only drops axes of length one and permutes the rest, so both directions are exact to the bit.
+
+Of a quantized network the matrices of the blocks are two parameters, under the names that LightX2V gives them: `weight`
+in 8 bits, which keeps the official axes [out, in], and `scale` [out], float32.
 """
 
 import dataclasses
@@ -17,6 +20,10 @@ from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 CONFIGS = {"transformer": WanConfig, "vae": VaeConfig, "text_encoder": Umt5Config, "image_encoder": ClipConfig}
+
+# 8-bit types of weights, as model.json names them.
+QUANTIZATIONS = ("int8", "float8_e4m3fn")
+QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 
 Config = WanConfig | VaeConfig | Umt5Config | ClipConfig
 Shape = tuple[int, ...]
@@ -62,6 +69,7 @@ CONV3D = Transform((), (2, 3, 4, 1, 0))  # [O, I, kt, kh, kw] -> [kt, kh, kw, I,
 TIME_CONV = Transform((3, 4), (2, 1, 0))  # [O, I, kt, 1, 1] -> [kt, I, O]
 POINTWISE2D = Transform((2, 3), (1, 0))  # [O, I, 1, 1] -> [I, O]
 POINTWISE3D = Transform((2, 3, 4), (1, 0))  # [O, I, 1, 1, 1] -> [I, O]
+SCALE = Transform((1,), (0,))  # [out, 1] -> [out]
 DROP_FIRST = Transform((0,), (0, 1))  # [1, n, D] -> [n, D]
 CLS_TOKEN = Transform((0, 1), (0,))  # [1, 1, D] -> [D]
 GAMMA2D = Transform((1, 2), (0,))  # [C, 1, 1] -> [C]
@@ -97,11 +105,33 @@ class Row:
     def size(self) -> int:
         return math.prod(self.native_shape)
 
+    @property
+    def is_quantizable(self) -> bool:
+        """Whether it is a matrix of a block: what LightX2V's converter brings to 8 bits, 98 % of a transformer."""
+        return self.layers is not None and self.transform == LINEAR
 
-def table(component: str, config: Any) -> tuple[Row, ...]:
-    """All parameters of a network of the given sizes."""
+    def quantized(self) -> tuple["Row", "Row"]:
+        """What stands for a matrix in 8 bits: the weight, and its scales."""
+        inputs, outputs = self.shape
+        name = self.native.removesuffix(".kernel")
+        weight = dataclasses.replace(self, native=f"{name}.weight", transform=same(2), shape=(outputs, inputs))
+        scale = dataclasses.replace(
+            self, native=f"{name}.scale", official=f"{self.official}_scale", transform=SCALE, shape=(outputs,)
+        )
+        return weight, scale
+
+
+def table(component: str, config: Any, quantization: str | None = None) -> tuple[Row, ...]:
+    """All parameters of a network of the given sizes.
+
+    Args:
+        quantization: one of `QUANTIZATIONS` where the matrices of its blocks are 8-bit.
+    """
     make = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder, "image_encoder": _image_encoder}
-    return tuple(make[component](config))
+    rows = make[component](config)
+    if quantization is None:
+        return tuple(rows)
+    return tuple(part for row in rows for part in (row.quantized() if row.is_quantizable else (row,)))
 
 
 def official_shapes(component: str, config: Any) -> dict[str, Shape]:
@@ -109,9 +139,9 @@ def official_shapes(component: str, config: Any) -> dict[str, Shape]:
     return {key: row.official_shape for row in table(component, config) for key in row.official_keys}
 
 
-def native_shapes(component: str, config: Any) -> dict[str, Shape]:
+def native_shapes(component: str, config: Any, quantization: str | None = None) -> dict[str, Shape]:
     """Parameter name -> shape."""
-    return {row.native: row.native_shape for row in table(component, config)}
+    return {row.native: row.native_shape for row in table(component, config, quantization)}
 
 
 def parameter_count(component: str, config: Any) -> int:

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.names import Config, native_shapes
+from x2v_jax.checkpoint.names import Config, native_shapes, parameter_count
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
 
 FORMAT = "x2v-jax"
-FORMAT_VERSION = 1
+# The version that holds 8-bit weights; checkpoints without any are still written as 1, which older programs read.
+FORMAT_VERSION = 2
+_FORMAT_VERSION_OF_FLOATS = 1
 FAMILY = "wan2.1"
 MODEL_FILE = "model.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -154,14 +156,15 @@ def write_component(
     config: Config,
     tensors: Mapping[str, Streamed],
     *,
+    quantization: str | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes the tensors of one component and returns its entry for model.json.
+    """Writes the tensors of one component, in the order given, and returns its entry for model.json.
 
     A shard takes tensors in order until it is full. A tensor is never split: one above the limit has its own shard.
     """
-    check_names(component, config, {name: tensor.shape for name, tensor in tensors.items()})
+    check_names(component, config, {name: tensor.shape for name, tensor in tensors.items()}, quantization)
     shards = _shards(tensors, shard_bytes)
     files = []
     for number, names in enumerate(shards, 1):
@@ -180,13 +183,15 @@ def write_component(
         "config": config.to_dict(),
         "dtype": max(sizes, key=lambda d: sizes[d]),
         "files": files,
-        "parameters": sum(math.prod(t.shape) for t in tensors.values()),
+        "parameters": parameter_count(component, config),
     }
 
 
-def check_names(component: str, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_names(
+    component: str, config: Config, shapes: Mapping[str, tuple[int, ...]], quantization: str | None = None
+) -> None:
     """Raises a UserError that names every parameter that is missing, unknown or of another shape."""
-    expected = native_shapes(component, config)
+    expected = native_shapes(component, config, quantization)
     wrong = [f"{name} is missing" for name in expected if name not in shapes]
     wrong += [f"{name} is unknown" for name in shapes if name not in expected]
     wrong += [
@@ -224,16 +229,18 @@ def write_model_json(
     schedule: Schedule,
     components: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    quantization: Mapping[str, str] | None = None,
 ) -> None:
+    """quantization: component -> "int8" or "float8_e4m3fn", of those in 8 bits."""
     model = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if quantization else _FORMAT_VERSION_OF_FLOATS,
         "family": FAMILY,
         "task": task,
         "variant": variant,
         "components": dict(components),
         "schedule": schedule.to_dict(),
-        "quantization": None,
+        "quantization": {name: {"dtype": dtype} for name, dtype in (quantization or {}).items()} or None,
         "provenance": dict(provenance),
     }
     path = folder / MODEL_FILE
@@ -254,6 +261,7 @@ def save_native(
     tokenizer_file: str | pathlib.Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     references: Mapping[str, str] | None = None,
+    quantization: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a native checkpoint from arrays in memory (what trainers do).
@@ -263,13 +271,20 @@ def save_native(
         components: name -> (config, parameters by their flat names, as `models.functional.flatten` gives them).
         tokenizer_file: a tokenizer.json to copy in.
         references: name -> path of another native checkpoint that holds the component.
+        quantization: name -> 8-bit type of the components whose blocks have `weight` and `scale` for `kernel`.
 
     Raises:
         UserError: the path exists, cannot be written, or parameters do not fit their config.
     """
     with complete_folder(pathlib.Path(path), overwrite=overwrite) as folder:
         entries: dict[str, Any] = {
-            name: write_component(folder, name, config, {k: Streamed.of(v) for k, v in sorted(flat.items())})
+            name: write_component(
+                folder,
+                name,
+                config,
+                {k: Streamed.of(v) for k, v in sorted(flat.items())},
+                quantization=(quantization or {}).get(name),
+            )
             for name, (config, flat) in components.items()
         }
         entries |= {name: {"reference": target} for name, target in (references or {}).items()}
@@ -282,6 +297,7 @@ def save_native(
             schedule=schedule,
             components=entries,
             provenance=provenance or {"sources": [], "command": None, "version": None, "loras": []},
+            quantization=quantization,
         )
 
 

@@ -6,77 +6,45 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from x2v_jax.checkpoint.account import differences
 from x2v_jax.checkpoint.file_sets import read_json
-from x2v_jax.checkpoint.layouts import Layout, Source, declared, recognise
+from x2v_jax.checkpoint.layouts import Layout, recognise
 from x2v_jax.checkpoint.lora import LoraFile, merge_into
+from x2v_jax.checkpoint.lora_report import requantized
 from x2v_jax.checkpoint.names import COMPONENTS
+from x2v_jax.checkpoint.native_source import open_native_source
 from x2v_jax.checkpoint.native_writer import Streamed
+from x2v_jax.checkpoint.opened import Opened, open_source, source_notes
+from x2v_jax.checkpoint.options import Options
+from x2v_jax.checkpoint.quantization_plan import choose_quantization
 from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule, override_schedule, resolution_in
 from x2v_jax.checkpoint.selection import select
-from x2v_jax.checkpoint.sizes import infer_config
-from x2v_jax.checkpoint.sources import OfficialTensors, to_official
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.streaming import Findings, stream
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import ClipConfig, Schedule, WanConfig
+from x2v_jax.models.config import Schedule, WanConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a conversion is to do.
-
-    Attributes:
-        variant: base, distill, causvid or self_forcing; None for the only one there.
-        components: which networks; empty for all there are.
-        dtype: "keep", float32, bfloat16 or float16.
-        loras: (file, strength), merged into the transformer.
-        allow_partial: merge what fits of a LoRA.
-        schedule: a published name, JSON, or a JSON file that replaces fields of the variant's schedule.
-        reuse: a native checkpoint that lends its encoders, VAE and tokenizer.
-        overwrite: replace a native checkpoint at the destination.
-        allow_nonfinite: keep NaN and infinity.
-        settings: component -> sizes that neither tensors nor config.json tell.
-        command: recorded in the provenance.
-    """
-
-    variant: str | None = None
-    components: tuple[str, ...] = ()
-    dtype: str = "keep"
-    loras: tuple[tuple[str, float], ...] = ()
-    allow_partial: bool = False
-    schedule: str | None = None
-    reuse: str | None = None
-    overwrite: bool = False
-    allow_nonfinite: bool = False
-    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    command: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """One network: where it comes from, its sizes, its tensors under official names."""
-
-    source: Source
-    config: Any
-    found: OfficialTensors
+Lenders = dict[str, NativeCheckpoint]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a conversion will do. notes: sentences for the user. findings: filled while the streams are read."""
+    """All that a conversion will do.
+
+    quantizations: of the components that are 8-bit in the result. earlier_loras: entries of the provenance, of those
+    that a native source has merged already. notes: sentences for the user. findings: filled while streams are read.
+    """
 
     layout: Layout
     opened: Mapping[str, Opened]
     streams: Mapping[str, Mapping[str, Streamed]]
+    quantizations: Mapping[str, str]
     references: Mapping[str, str]
     tokenizer: pathlib.Path | None
     task: str | None
     variant: str
     schedule: Schedule
+    earlier_loras: Sequence[Mapping[str, Any]]
     notes: tuple[str, ...]
     findings: Findings
 
@@ -98,122 +66,100 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
         UserError: as `convert.convert`.
     """
     layout = recognise(pathlib.Path(source))
-    if layout.kind == "native":
-        raise UserError(f"{source} is converted already; run it with `python -m infer --config.checkpoint={source}`")
+    native = open_checkpoint(layout.path) if layout.kind == "native" else None
     notes: list[str] = []
     reuse = open_checkpoint(options.reuse) if options.reuse else None
-    lent = _lent(reuse, options.components)
-    opened = _open_all(layout, options, lent, notes)
+    lenders = _lenders(reuse, options.components)
+    if native is None:
+        opened = _open_all(layout, options, lenders, notes)
+    else:
+        opened, lenders = open_native_source(native, options, lenders)
     transformer = opened["transformer"].config if "transformer" in opened else None
     if transformer and transformer.model_type == "t2v":
-        lent = [name for name in lent if name != "image_encoder"]
+        lenders.pop("image_encoder", None)
         if not options.components and opened.pop("image_encoder", None):
             notes.append("image_encoder left out: a text-to-video model does not use it")
-    _check_fit(opened, reuse, lent)
+    _check_fit(opened, lenders)
+    quantizations = choose_quantization(opened, options, notes)
     tensors = {name: one.found.tensors for name, one in opened.items()}
     if options.loras:
-        tensors["transformer"] = _merge_loras(tensors.get("transformer"), options, notes)
+        quantization = quantizations.get("transformer")
+        tensors["transformer"] = _merge_loras(opened.get("transformer"), options, quantization, notes)
     findings = Findings()
     streams: dict[str, dict[str, Streamed]] = {}
     for name, one in opened.items():
-        streams[name], mixed = stream(name, one.config, one.found, tensors[name], options.dtype, findings)
+        streams[name], mixed = stream(one, tensors[name], options.dtype, quantizations[name], findings)
         if mixed:
             notes.append(f"{name}: {mixed} parameters have layers of several types; they are stored as the widest")
-    variant, schedule = _variant_and_schedule(opened.get("transformer"), options, reuse, notes)
-    tokenizer = None if "tokenizer" in lent or options.components else layout.tokenizer
+    if native is None:
+        variant, schedule = _variant_and_schedule(opened.get("transformer"), options, reuse, notes)
+    else:
+        variant, schedule = _overridden(native.variant, native.schedule, options)
+    tokenizer = None if "tokenizer" in lenders or options.components else _tokenizer(layout, native)
     if tokenizer is not None:
         read_json(tokenizer)  # refuses what a clone without Git LFS or a broken download left there
-    notes += _missing({*opened, *lent, *(["tokenizer"] if tokenizer else [])}, transformer)
+    notes += _missing({*opened, *lenders, *(["tokenizer"] if tokenizer else [])}, transformer)
     return Plan(
         layout=layout,
         opened=opened,
         streams=streams,
-        references=_references(reuse, lent, pathlib.Path(destination)),
+        quantizations={name: q for name, q in quantizations.items() if q},
+        references=_references(lenders, pathlib.Path(destination)),
         tokenizer=tokenizer,
         task=transformer.model_type if transformer else None,
         variant=variant,
         schedule=schedule,
+        earlier_loras=_loras_of(native),
         notes=tuple(notes),
         findings=findings,
     )
 
 
-def open_source(source: Source, settings: Mapping[str, Any] | None = None) -> tuple[Opened, list[str]]:
-    """Reads the headers of a source, finds its sizes, and lists what is wrong with its tensors.
-
-    Raises:
-        UserError: its sizes cannot be told.
-    """
-    found = to_official(source.read(), source.kind)
-    config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
-    if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
-        found = _with_empty_head(found, config)
-    return Opened(source, config, found), differences(source.component, config, found)
-
-
-def _with_empty_head(found: OfficialTensors, config: ClipConfig) -> OfficialTensors:
-    """CLIPVisionModel is published without the projection, which Wan2.1 does not use; the parameter tree has it."""
-    shape = (config.dim, config.out_dim)
-    dtype = next(iter(found.tensors.values())).dtype
-    head = LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
-    return dataclasses.replace(found, tensors={**found.tensors, "visual.head": head})
-
-
-def _open_all(layout: Layout, options: Options, lent: Sequence[str], notes: list[str]) -> dict[str, Opened]:
+def _open_all(layout: Layout, options: Options, lenders: Lenders, notes: list[str]) -> dict[str, Opened]:
     """Opens every network; what is wrong is said of all of them at once."""
     problems: list[str] = []
     opened: dict[str, Opened] = {}
-    for component, source in select(layout, options.variant, options.components, lent).items():
+    for component, source in select(layout, options.variant, options.components, tuple(lenders)).items():
         one, wrong = open_source(source, options.settings.get(component))
         if wrong:
             problems.append(f"{source.location} ({component}): {'. '.join(wrong)}")
         else:
             opened[component] = one
-            notes += _source_notes(one)
+            notes += source_notes(one)
     if problems:
         fix = "The files are incomplete or of another model: download them again or give others"
         raise UserError(f"{'; '.join(problems)}. {fix}")
     return opened
 
 
-def _source_notes(one: Opened) -> Iterator[str]:
-    source, found = one.source, one.found
-    if source.state:
-        left = f" (left aside: {', '.join(source.other_states)})" if source.other_states else ""
-        yield f"{source.component}: taken from {source.state!r} of {source.files[0].name}{left}"
-    if found.quantized:
-        yield (
-            f"{source.component}: {len(found.quantized)} 8-bit weights of {source.location} are multiplied out with "
-            "their scales; what 8 bits lost stays lost, so prefer the 16-bit files where you have them"
-        )
-    for reason in dict.fromkeys(found.ignored.values()):
-        count = sum(r == reason for r in found.ignored.values())
-        yield f"{source.component}: {count} {'tensor' if count == 1 else 'tensors'} ignored ({reason})"
-    if "visual.head" in found.tensors and "visual.head" not in found.origin:
-        yield "image_encoder: the files have no projection, which Wan2.1 does not use; zeros stand for it"
+def _lenders(reuse: NativeCheckpoint | None, asked: Sequence[str]) -> Lenders:
+    return {c: reuse for c in (*COMPONENTS[1:], "tokenizer") if reuse and reuse.has(c) and c not in asked}
 
 
-def _lent(reuse: NativeCheckpoint | None, asked: Sequence[str]) -> list[str]:
-    return [c for c in (*COMPONENTS[1:], "tokenizer") if reuse and reuse.has(c) and c not in asked]
-
-
-def _references(reuse: NativeCheckpoint | None, lent: Sequence[str], destination: pathlib.Path) -> dict[str, str]:
+def _references(lenders: Lenders, destination: pathlib.Path) -> dict[str, str]:
     references: dict[str, str] = {}
-    if reuse is None:
-        return references
-    for component in lent:
-        holder = pathlib.Path(os.path.abspath(reuse.holder(component).path))
+    for component, lender in lenders.items():
+        holder = pathlib.Path(os.path.abspath(lender.holder(component).path))
         # Side by side, the two can be moved together; anywhere else only the absolute path is sure.
         near = holder.parent == pathlib.Path(os.path.abspath(destination)).parent
         references[component] = f"../{holder.name}" if near else str(holder)
     return references
 
 
-def _check_fit(opened: Mapping[str, Opened], reuse: NativeCheckpoint | None, lent: Sequence[str]) -> None:
+def _tokenizer(layout: Layout, native: NativeCheckpoint | None) -> pathlib.Path | None:
+    return layout.tokenizer if native is None else native.tokenizer_file()
+
+
+def _loras_of(native: NativeCheckpoint | None) -> list[Mapping[str, Any]]:
+    provenance = native.model.get("provenance") if native else None
+    loras = provenance.get("loras") if isinstance(provenance, dict) else None
+    return [entry for entry in loras if isinstance(entry, dict)] if isinstance(loras, list) else []
+
+
+def _check_fit(opened: Mapping[str, Opened], lenders: Lenders) -> None:
     """The networks of one checkpoint must fit each other."""
     configs: dict[str, Any] = {name: one.config for name, one in opened.items()}
-    if reuse is not None:
-        configs |= {name: reuse.config(name) for name in lent if name != "tokenizer"}
+    configs |= {name: lender.config(name) for name, lender in lenders.items() if name != "tokenizer"}
     transformer = configs.get("transformer")
     if transformer is None:
         return
@@ -229,12 +175,18 @@ def _check_fit(opened: Mapping[str, Opened], reuse: NativeCheckpoint | None, len
             )
 
 
-def _merge_loras(tensors: Mapping[str, LazyTensor] | None, options: Options, notes: list[str]) -> dict[str, LazyTensor]:
-    if tensors is None:
+def _merge_loras(
+    one: Opened | None, options: Options, quantization: str | None, notes: list[str]
+) -> dict[str, LazyTensor]:
+    if one is None:
         raise UserError("--lora: no transformer is converted; add --component transformer or leave --lora out")
     files = [(LoraFile.open(path), strength) for path, strength in options.loras]
-    merged, report = merge_into(tensors, files, options.allow_partial)
+    found = one.found
+    merged, report = merge_into(found.tensors, files, options.allow_partial)
     notes.append(str(report))
+    again = sum(merged[key] is not found.tensors[key] for key in found.kept)
+    if quantization is not None and again:
+        notes.append(requantized(again, quantization))
     distills = any("distill" in pathlib.Path(path).name.lower() for path, strength in options.loras if strength)
     if options.schedule is None and distills:
         notes.append(
@@ -267,6 +219,10 @@ def _variant_and_schedule(
     schedule = default_schedule(variant, transformer.config, where)
     if transformer.config.model_type == "i2v" and resolution_in(where) is None and not options.schedule:
         notes.append("transformer: taken as the 480P model, as no name says 720P; if it is, give --schedule i2v_720p")
+    return _overridden(variant, schedule, options)
+
+
+def _overridden(variant: str, schedule: Schedule, options: Options) -> tuple[str, Schedule]:
     if options.schedule:
         schedule = override_schedule(options.schedule, schedule)
         if variant == "base" and options.schedule in SCHEDULES and schedule.is_distilled:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from x2v_jax.checkpoint.eight_bit import EightBit
 from x2v_jax.checkpoint.names import CONFIGS, Config, official_shapes
 from x2v_jax.checkpoint.names_diffusers import DiffusersNames, Part, res_blocks_of
 from x2v_jax.checkpoint.safetensors_file import read_safetensors
@@ -56,7 +57,8 @@ class OfficialTensors:
     """The tensors of one component under official names.
 
     origin: official key -> the file's own keys. ignored: own key -> why it is not used. unknown: own keys that nothing
-    explains. quantized: official keys whose tensors were 8-bit. problems: sentences about unusable tensors.
+    explains. quantized: official keys whose tensors were 8-bit; they read as float32. kept: of these, what can be run
+    as it is. problems: sentences about unusable tensors.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -65,6 +67,7 @@ class OfficialTensors:
     unknown: tuple[str, ...]
     quantized: frozenset[str]
     problems: tuple[str, ...] = ()
+    kept: Mapping[str, EightBit] = dataclasses.field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,6 +189,7 @@ def to_official(raw: RawTensors, kind: Kind) -> OfficialTensors:
             parts[part.official][part.index] = key
             meaning[key] = part
     official: dict[str, LazyTensor] = {}
+    kept: dict[str, EightBit] = {}
     origin: dict[str, tuple[str, ...]] = {}
     problems = list(weights.problems)
     for name, found in parts.items():
@@ -197,8 +201,10 @@ def to_official(raw: RawTensors, kind: Kind) -> OfficialTensors:
             problems.append(f"{', '.join(keys)}: {lost} of the {part.count} parts of {name} missing")
         else:
             official[name] = _joined([weights.tensors[key] for key in keys], part)
+            if keys[0] in weights.kept and len(keys) == 1 and part.transform is None:
+                kept[name] = weights.kept[keys[0]]
     was_8bit = frozenset(name for name, found in parts.items() if weights.quantized.intersection(found.values()))
-    return OfficialTensors(official, origin, ignored, tuple(unknown), was_8bit, tuple(problems))
+    return OfficialTensors(official, origin, ignored, tuple(unknown), was_8bit, tuple(problems), kept)
 
 
 def _parser(component: str, naming: str, keys: Iterable[str]) -> Callable[[str], Part | None]:

@@ -11,7 +11,7 @@ import numpy as np
 from x2v_jax.checkpoint.arrays import cast, is_float
 from x2v_jax.checkpoint.file_sets import is_plain_name, read_json
 from x2v_jax.checkpoint.layouts import VARIANTS
-from x2v_jax.checkpoint.names import COMPONENTS, CONFIGS
+from x2v_jax.checkpoint.names import COMPONENTS, CONFIGS, QUANTIZABLE, QUANTIZATIONS, SCALE, table
 from x2v_jax.checkpoint.native_writer import (
     FORMAT,
     FORMAT_VERSION,
@@ -107,14 +107,18 @@ class NativeCheckpoint:
                 if name in tensors:
                     raise UserError(f"{path}: {name} is in another file of the checkpoint too; convert it again")
                 tensors[name] = tensor
-        if holder.model.get("quantization") is not None:
-            raise UserError(f"{holder.path}: quantized weights, which this version does not run; convert it again")
-        config = self.config(component)
+        config, quantization = self.config(component), self.quantization(component)
         try:
-            check_names(component, config, {name: t.shape for name, t in tensors.items()})
+            check_names(component, config, {name: t.shape for name, t in tensors.items()}, quantization)
+            _check_types(component, tensors, quantization)
         except UserError as error:
             raise UserError(f"{holder.path}: {error}; convert the checkpoint again") from None
         return dict(sorted(tensors.items()))
+
+    def quantization(self, component: str) -> str | None:
+        """The 8-bit type of the matrices of a component's blocks, "int8" or "float8_e4m3fn"; None for floats."""
+        entry = (self._entry(component)[0].model.get("quantization") or {}).get(component)
+        return entry["dtype"] if entry else None
 
     def files(self, component: str) -> list[pathlib.Path]:
         """The files of a component, in this folder or the one that it refers to."""
@@ -152,20 +156,31 @@ class NativeCheckpoint:
         component: str,
         dtype: "DTypeLike | None" = None,
         sharding: "Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None" = None,
+        *,
+        quantized: bool = False,
     ) -> dict[str, Any]:
         """The parameters of a component on devices, as a nested dict.
 
         Args:
             component: transformer, vae, text_encoder or image_encoder.
-            dtype: the floating type to convert to; None keeps the stored one.
+            dtype: the floating type to convert to; None keeps the stored one. 8-bit weights and their scales stay.
             sharding: one sharding for all, or a mapping from flat names (those left out go to the first device). Each
                 process reads only the slices that its devices hold.
+            quantized: whether the caller runs 8-bit weights too; training does not.
 
         Raises:
-            UserError: as `tensors`.
+            UserError: as `tensors`; or the weights are 8-bit and `quantized` is not set.
         """
         import jax
 
+        quantization = self.quantization(component)
+        if quantization is not None and not quantized:
+            raise UserError(
+                f"{self.path}: the {component} is {quantization}, and floats are needed here; give a checkpoint of its "
+                "16- or 32-bit weights, or multiply it out with `python -m convert wan … --quantize none`"
+            )
+        rows = table(component, self.config(component), quantization)
+        scales = {row.native for row in rows if row.transform == SCALE}
         target = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree: dict[str, Any] = {}
@@ -175,7 +190,8 @@ class NativeCheckpoint:
             node = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = _to_device(tensor, target, own)
+            stays = name in scales or tensor.dtype.name in QUANTIZATIONS
+            node[leaf] = _to_device(tensor, None if stays else target, own)
         return tree
 
     def _entry(self, component: str) -> tuple["NativeCheckpoint", Mapping[str, Any]]:
@@ -201,6 +217,31 @@ class NativeCheckpoint:
                     "convert again without --reuse"
                 ) from None
         raise UserError(f"{self.path}: {component} is a reference that leads in a circle; convert the checkpoint again")
+
+
+def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization: str | None) -> None:
+    """The matrices must be what model.json says, and their scales float32."""
+    for name, tensor in tensors.items():
+        own = tensor.dtype.name
+        wanted = quantization if name.endswith(".weight") else None
+        if own != wanted and (wanted or own in QUANTIZATIONS):
+            raise UserError(f"{component}: {name} is {own}, and by model.json it is {wanted or 'a float'}")
+        if own != "float32" and name.endswith(".scale") and f"{name.removesuffix('scale')}weight" in tensors:
+            raise UserError(f"{component}: {name} is {own}, and scales of 8-bit weights are float32")
+
+
+def _check_quantization(file: pathlib.Path, entries: Any) -> None:
+    if entries is None:
+        return
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: quantization is no JSON object; convert the checkpoint again")
+    for component, entry in entries.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if component not in QUANTIZABLE or dtype not in QUANTIZATIONS:
+            raise UserError(
+                f"{file}: quantization of {component} is {dtype!r}; this program runs {' and '.join(QUANTIZATIONS)} "
+                f"for {', '.join(QUANTIZABLE)}. Update it, or convert the checkpoint again"
+            )
 
 
 def _to_device(tensor: LazyTensor, dtype: np.dtype | None, sharding: Any) -> Any:
@@ -248,4 +289,5 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
     components = model.get("components")
     if not isinstance(components, dict) or set(components) - {*COMPONENTS, "tokenizer"}:
         raise UserError(f"{file}: components is not a list of known networks; convert the checkpoint again")
+    _check_quantization(file, model.get("quantization"))
     return NativeCheckpoint(folder, model)

@@ -1,15 +1,20 @@
-"""Turns official tensors into pieces of parameters: checked, converted to a type and transposed, a layer at a time."""
+"""Turns official tensors into pieces of parameters: checked, converted to a type, a layer at a time.
+
+Floats are transposed to ours; matrices that are or become 8-bit keep their axes and are followed by their scales.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from x2v_jax.checkpoint.arrays import cast, contiguous, has_nonfinite, row_pieces
+from x2v_jax.checkpoint.eight_bit import DTYPES as EIGHT_BIT_DTYPES
+from x2v_jax.checkpoint.eight_bit import quantize
 from x2v_jax.checkpoint.names import Row, table
 from x2v_jax.checkpoint.native_writer import Streamed
+from x2v_jax.checkpoint.opened import Opened
 from x2v_jax.checkpoint.sources import OfficialTensors
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
@@ -29,38 +34,87 @@ class Findings:
 
 
 def stream(
-    component: str,
-    config: Any,
-    found: OfficialTensors,
-    tensors: Mapping[str, LazyTensor],
-    dtype: str,
-    findings: Findings,
+    one: Opened, tensors: Mapping[str, LazyTensor], dtype: str, quantization: str | None, findings: Findings
 ) -> tuple[dict[str, Streamed], int]:
-    """The parameters of a component as streams.
+    """The parameters of a component as streams, which must be read in the order given: scales come of their weights.
 
     Args:
-        found: where the tensors come from, for messages and for which of them were 8-bit.
+        one: where the tensors come from, for messages and for which of them were 8-bit.
         tensors: official key -> tensor, LoRAs merged.
-        dtype: "keep" or a name of DTYPES. Kept, 8-bit weights become bfloat16, and where the layers of a parameter
-            differ in type, it becomes float32.
+        dtype: "keep" or a name of DTYPES, of what is not 8-bit in the result. Kept, 8-bit weights that are multiplied
+            out become bfloat16, and where the layers of a parameter differ in type, it becomes float32.
+        quantization: the 8-bit type of the blocks' matrices, None for floats.
 
     Returns:
         Parameter name -> stream, and the number of parameters whose layers differ in type.
     """
+    found = one.found
     streams: dict[str, Streamed] = {}
+    scales: set[str] = set()
     mixed = 0
-    for row in table(component, config):
+    for row in table(one.source.component, one.config):
+        if quantization is not None and row.is_quantizable:
+            matrices = _Matrices(row, found, tensors, quantization, findings)
+            streams |= matrices.streams()
+            scales.add(matrices.scale_row.native)
+            continue
         types = {DTYPES["bfloat16"] if key in found.quantized else tensors[key].dtype for key in row.official_keys}
         mixed += len(types) > 1
         target = _common(types) if dtype == "keep" else DTYPES[dtype]
 
         def pieces(row: Row = row, target: np.dtype = target) -> Iterator[np.ndarray]:
             for key in row.official_keys:
-                own = " + ".join(found.origin.get(key, (key,)))
-                yield from _pieces(row, tensors[key], target, own, findings)
+                yield from _pieces(row, tensors[key], target, _own(found, key), findings)
 
         streams[row.native] = Streamed(row.native_shape, target, pieces)
-    return dict(sorted(streams.items())), mixed if dtype == "keep" else 0
+    order = sorted(streams, key=lambda n: n.removesuffix("scale") + "weight_scale" if n in scales else n)
+    return {name: streams[name] for name in order}, mixed if dtype == "keep" else 0
+
+
+class _Matrices:
+    """One parameter's matrices on their way to 8 bits, or kept in them. Each is read once, for weight and scales."""
+
+    def __init__(
+        self,
+        row: Row,
+        found: OfficialTensors,
+        tensors: Mapping[str, LazyTensor],
+        quantization: str,
+        findings: Findings,
+    ):
+        self.row = row
+        self.weight_row, self.scale_row = row.quantized()
+        self._found, self._tensors, self._findings = found, tensors, findings
+        self._quantization = quantization
+        self._scales: list[np.ndarray] = []
+
+    def streams(self) -> dict[str, Streamed]:
+        dtype = EIGHT_BIT_DTYPES[self._quantization]
+        return {
+            self.weight_row.native: Streamed(self.weight_row.native_shape, dtype, self._weights),
+            self.scale_row.native: Streamed(self.scale_row.native_shape, DTYPES["float32"], lambda: self._scales),
+        }
+
+    def _weights(self) -> Iterator[np.ndarray]:
+        self._scales.clear()
+        for key in self.row.official_keys:
+            values, scale = self._layer(key)
+            self._scales.append(scale[np.newaxis])
+            yield values[np.newaxis]
+
+    def _layer(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        own = _own(self._found, key)
+        stored = self._found.kept.get(key)
+        if stored is None or self._tensors[key] is not self._found.tensors[key]:  # floats, or changed by a LoRA
+            return quantize(self._tensors[key].read(), self._quantization, own)
+        values, scale = stored.values.read(), stored.scale.read()
+        if has_nonfinite(values) or has_nonfinite(scale):
+            self._findings.nonfinite.append(own)
+        return contiguous(values), scale
+
+
+def _own(found: OfficialTensors, key: str) -> str:
+    return " + ".join(found.origin.get(key, (key,)))
 
 
 def _common(types: set[np.dtype]) -> np.dtype:

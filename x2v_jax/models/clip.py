@@ -14,16 +14,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from x2v_jax.models.config import ClipConfig
-from x2v_jax.models.layers import LayerNorm, Linear, scan_blocks, stacked
+from x2v_jax.models.layers import LayerNorm, Quantization, linear, scan_blocks, stacked
 from x2v_jax.ops.attention import attention
+from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
 
 Tokens = Float[Array, "b l d"]
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.to_qkv = Linear(config.dim, 3 * config.dim, rngs=rngs, **dtypes)
-        self.proj = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **options: Any):
+        self.to_qkv = linear(config.dim, 3 * config.dim, rngs=rngs, **options)
+        self.proj = linear(config.dim, config.dim, rngs=rngs, **options)
         self.num_heads = config.num_heads
 
     def __call__(self, x: Tokens) -> Tokens:
@@ -33,20 +34,20 @@ class _Attention(nnx.Module):
 
 
 class _Mlp(nnx.Module):
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.linear_1 = Linear(config.dim, config.mlp_ratio * config.dim, rngs=rngs, **dtypes)
-        self.linear_2 = Linear(config.mlp_ratio * config.dim, config.dim, rngs=rngs, **dtypes)
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **options: Any):
+        self.linear_1 = linear(config.dim, config.mlp_ratio * config.dim, rngs=rngs, **options)
+        self.linear_2 = linear(config.mlp_ratio * config.dim, config.dim, rngs=rngs, **options)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.norm1 = LayerNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-        self.attn = _Attention(config, rngs=rngs, **dtypes)
-        self.norm2 = LayerNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-        self.mlp = _Mlp(config, rngs=rngs, **dtypes)
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, **options: Any):
+        self.norm1 = LayerNorm(config.dim, eps=config.eps, param_dtype=options["param_dtype"])
+        self.attn = _Attention(config, rngs=rngs, **options)
+        self.norm2 = LayerNorm(config.dim, eps=config.eps, param_dtype=options["param_dtype"])
+        self.mlp = _Mlp(config, rngs=rngs, **options)
 
     def __call__(self, x: Tokens) -> Tokens:
         x = x + self.attn(self.norm1(x)).astype(jnp.float32)
@@ -80,6 +81,8 @@ class ClipVisionTower(nnx.Module):
         rngs: where new parameters come from.
         dtype: dtype of the matmuls.
         param_dtype: dtype of new parameters.
+        quantization: what the blocks' matrices are stored as; such a model is to be filled from a checkpoint.
+        ops: who computes 8-bit matmuls. Attention, of 257 tokens, is left to "auto".
     """
 
     def __init__(
@@ -89,16 +92,19 @@ class ClipVisionTower(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
+        quantization: Quantization = None,
+        ops: OpChoice = DEFAULT_OPS,
     ):
+        options: dict[str, Any] = {
+            "dtype": dtype, "param_dtype": param_dtype, "quantization": quantization, "ops": ops
+        }  # fmt: skip
         num_tokens = 1 + (config.image_size // config.patch_size) ** 2
         normal = nnx.initializers.normal(stddev=config.dim**-0.5)
         self.cls_embedding = nnx.Param(normal(rngs.params(), (config.dim,), param_dtype))
         self.pos_embedding = nnx.Param(normal(rngs.params(), (num_tokens, config.dim), param_dtype))
         self.patch_embedding = _PatchEmbedding(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.pre_norm = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.blocks = stacked(
-            lambda rngs: _Block(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype), config.num_layers, rngs
-        )
+        self.blocks = stacked(lambda rngs: _Block(config, rngs=rngs, **options), config.num_layers, rngs)
         self.post_norm = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
         self.head = nnx.Param(normal(rngs.params(), (config.dim, config.out_dim), param_dtype))
         self.config = config

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from x2v_jax.models.config import Umt5Config
-from x2v_jax.models.layers import Linear, RMSNorm, scan_blocks, stacked
+from x2v_jax.models.layers import Linear, Quantization, RMSNorm, linear, scan_blocks, stacked
+from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
 
 Tokens = Float[Array, "b _ _"]
 
@@ -57,17 +58,18 @@ class _Embedding(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: Any):
         head_dim = config.dim_attn // config.num_heads
         # T5's initialisation puts the missing 1/sqrt(head_dim) into q.
-        self.q = _linear(config.dim, config.dim_attn, std=(config.dim * head_dim) ** -0.5, rngs=rngs, **dtypes)
-        self.k = _linear(config.dim, config.dim_attn, std=config.dim**-0.5, rngs=rngs, **dtypes)
-        self.v = _linear(config.dim, config.dim_attn, std=config.dim**-0.5, rngs=rngs, **dtypes)
-        self.o = _linear(config.dim_attn, config.dim, std=config.dim_attn**-0.5, rngs=rngs, **dtypes)
+        self.q = _linear(config.dim, config.dim_attn, std=(config.dim * head_dim) ** -0.5, rngs=rngs, **options)
+        self.k = _linear(config.dim, config.dim_attn, std=config.dim**-0.5, rngs=rngs, **options)
+        self.v = _linear(config.dim, config.dim_attn, std=config.dim**-0.5, rngs=rngs, **options)
+        self.o = _linear(config.dim_attn, config.dim, std=config.dim_attn**-0.5, rngs=rngs, **options)
         self.num_heads = config.num_heads
 
     def __call__(self, x: Tokens, bias: Float[Array, "query key h"], mask: Int[Array, "b l"]) -> Tokens:
-        q, k, v = (linear(x).reshape(*x.shape[:2], self.num_heads, -1) for linear in (self.q, self.k, self.v))
+        rows = self.q.prepare(x)
+        q, k, v = (project(rows).reshape(*x.shape[:2], self.num_heads, -1) for project in (self.q, self.k, self.v))
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         logits = logits + bias.transpose(2, 0, 1)
         logits = jnp.where(mask[:, None, None, :] == 0, jnp.finfo(jnp.float32).min, logits)
@@ -78,22 +80,23 @@ class _Attention(nnx.Module):
 class _FeedForward(nnx.Module):
     """Gated: fc2(fc1(x) * gelu(gate(x))), gelu in its tanh form."""
 
-    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.gate = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **dtypes)
-        self.fc1 = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **dtypes)
-        self.fc2 = _linear(config.dim_ffn, config.dim, std=config.dim_ffn**-0.5, rngs=rngs, **dtypes)
+    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: Any):
+        self.gate = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **options)
+        self.fc1 = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **options)
+        self.fc2 = _linear(config.dim_ffn, config.dim, std=config.dim_ffn**-0.5, rngs=rngs, **options)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.fc2(self.fc1(x) * jax.nn.gelu(self.gate(x), approximate=True))
+        x = self.fc1.prepare(x)
+        return self.fc2(self.fc1(x) * self.gate.gelu(x))
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **dtypes: Any):
-        param_dtype = dtypes["param_dtype"]
+    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: Any):
+        param_dtype = options["param_dtype"]
         self.norm1 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.attn = _Attention(config, rngs=rngs, **dtypes)
+        self.attn = _Attention(config, rngs=rngs, **options)
         self.norm2 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.ffn = _FeedForward(config, rngs=rngs, **dtypes)
+        self.ffn = _FeedForward(config, rngs=rngs, **options)
         std = (2 * config.num_buckets * config.num_heads) ** -0.5
         self.pos_embedding = _Embedding(
             config.num_buckets, config.num_heads, std=std, rngs=rngs, param_dtype=param_dtype
@@ -114,6 +117,8 @@ class Umt5Encoder(nnx.Module):
         rngs: where new parameters come from (T5's initialisation).
         dtype: dtype of the matmuls.
         param_dtype: dtype of new parameters.
+        quantization: what the blocks' matrices are stored as; such a model is to be filled from a checkpoint.
+        ops: who computes 8-bit matmuls. Attention, which has biases, is always plain.
     """
 
     def __init__(
@@ -123,11 +128,14 @@ class Umt5Encoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
+        quantization: Quantization = None,
+        ops: OpChoice = DEFAULT_OPS,
     ):
+        options: dict[str, Any] = {
+            "dtype": dtype, "param_dtype": param_dtype, "quantization": quantization, "ops": ops
+        }  # fmt: skip
         self.token_embedding = _Embedding(config.vocab_size, config.dim, std=1.0, rngs=rngs, param_dtype=param_dtype)
-        self.blocks = stacked(
-            lambda rngs: _Block(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype), config.num_layers, rngs
-        )
+        self.blocks = stacked(lambda rngs: _Block(config, rngs=rngs, **options), config.num_layers, rngs)
         self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
         self.config = config
 
@@ -150,9 +158,8 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike
     return (std * jax.random.normal(rngs.params(), shape)).astype(dtype)
 
 
-def _linear(
-    in_features: int, out_features: int, *, std: float, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
-) -> Linear:
-    linear = Linear(in_features, out_features, rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype)
-    linear.kernel[...] = _normal(rngs, (in_features, out_features), std, param_dtype)
-    return linear
+def _linear(in_features: int, out_features: int, *, std: float, rngs: nnx.Rngs, **options: Any) -> Any:
+    made = linear(in_features, out_features, rngs=rngs, use_bias=False, **options)
+    if isinstance(made, Linear):
+        made.kernel[...] = _normal(rngs, (in_features, out_features), std, options["param_dtype"])
+    return made

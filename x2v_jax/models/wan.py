@@ -18,10 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.layers import LayerNorm, Linear, Remat, normalize, scan_blocks, stacked
+from x2v_jax.models.host_blocks import lie_on_host, map_from_host
+from x2v_jax.models.layers import LayerNorm, Linear, Quantization, Remat, normalize, scan_blocks, stacked
 from x2v_jax.models.rope import rope_tables, rope_tables_at
 from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
 from x2v_jax.ops.attention import Span
+from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
 
 # torch's nn.LayerNorm default; the rest of the model uses 1e-6.
 _IMAGE_EMBEDDING_EPS = 1e-5
@@ -79,8 +81,18 @@ class WanModel(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
+        quantization: Quantization = None,
+        ops: OpChoice = DEFAULT_OPS,
     ):
-        """remat: what gradients keep of each block; see `layers.scan_blocks`."""
+        """A new model.
+
+        Args:
+            dtype: of the matmuls and of attention.
+            param_dtype: of the parameters.
+            remat: what gradients keep of each block; see `layers.scan_blocks`.
+            quantization: what the blocks' matrices are stored as; such a model is to be filled from a checkpoint.
+            ops: who computes attention and 8-bit matmuls.
+        """
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         exact: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": param_dtype}
         dim = config.dim
@@ -92,7 +104,9 @@ class WanModel(nnx.Module):
         self.time_projection = Linear(dim, 6 * dim, rngs=rngs, **exact)
         if config.model_type == "i2v":
             self.img_emb = _ImageEmbedding(config.clip_dim, dim, rngs=rngs, **dtypes)
-        self.blocks = stacked(lambda rngs: Block(config, rngs=rngs, **dtypes), config.num_layers, rngs)
+        self.blocks = stacked(
+            lambda rngs: Block(config, rngs=rngs, quantization=quantization, ops=ops, **dtypes), config.num_layers, rngs
+        )
         self.head = _Head(config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
@@ -131,7 +145,8 @@ class WanModel(nnx.Module):
         """What `with_cache` attends to besides frames: [layers, B, N, H, D]. Computed once a prompt."""
         text, image = self.text_embedding(text), self._embed_image(image_features)
         graphdef, params = nnx.split(self.blocks.cross_attn)
-        return jax.lax.map(lambda layer: nnx.merge(graphdef, layer).keys(text, image), params)
+        keys = lambda layer: nnx.merge(graphdef, layer).keys(text, image)  # noqa: E731
+        return map_from_host(keys, params) if lie_on_host(self.blocks) else jax.lax.map(keys, params)
 
     def with_cache[Cache: KeyValueCache](
         self,

@@ -10,11 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.layers import LayerNorm, Linear, RMSNorm, named_output, normalize
-from x2v_jax.models.rope import RopeTables, apply_rope
+from x2v_jax.models.layers import LayerNorm, RMSNorm, linear, named_output
+from x2v_jax.models.rope import RopeTables
 from x2v_jax.ops.attention import Span, attention, attention_by_spans
+from x2v_jax.ops.choice import OpChoice
+from x2v_jax.ops.fused_norms import rmsnorm_rope
+from x2v_jax.ops.linear_8bit import QuantizedRows
 
 Tokens = Float[Array, "b _ _"]
+# What linear layers read: `Linear.prepare` or `Linear.modulate` gives it.
+Prepared = Tokens | QuantizedRows
 
 
 class KeyValueCache(Protocol):
@@ -24,8 +29,11 @@ class KeyValueCache(Protocol):
         """Stores keys and values [B, L, H, D] of the whole frames from `start_frame` on. Keys are already turned."""
         ...
 
-    def attend(self, layer: Any, q: Array, end_frame: Any) -> Array:
-        """Attention of queries [B, L, H, D] that end before `end_frame` to the rows that a layer has by then."""
+    def attend(self, layer: Any, q: Array, end_frame: Any, *, implementation: Any, precision: Any) -> Array:
+        """Attention of queries [B, L, H, D] that end before `end_frame` to the rows that a layer has by then.
+
+        implementation, precision: as of `ops.attention.attention`.
+        """
         ...
 
 
@@ -41,9 +49,9 @@ class CrossKeys(NamedTuple):
 class Mlp(nnx.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, sizes: tuple[int, int, int], activation: Any, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.linear_1 = Linear(sizes[0], sizes[1], rngs=rngs, **dtypes)
-        self.linear_2 = Linear(sizes[1], sizes[2], rngs=rngs, **dtypes)
+    def __init__(self, sizes: tuple[int, int, int], activation: Any, *, rngs: nnx.Rngs, **options: Any):
+        self.linear_1 = linear(sizes[0], sizes[1], rngs=rngs, **options)
+        self.linear_2 = linear(sizes[1], sizes[2], rngs=rngs, **options)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:
@@ -51,52 +59,56 @@ class Mlp(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    """Projections and query/key norms that self and cross attention share."""
+    """Projections and query/key norms that self and cross attention share. Results are those before `o`."""
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.q = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-        self.k = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-        self.v = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-        self.o = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-        self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
-        self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, ops: OpChoice, **options: Any):
+        self.q = linear(config.dim, config.dim, rngs=rngs, ops=ops, **options)
+        self.k = linear(config.dim, config.dim, rngs=rngs, ops=ops, **options)
+        self.v = linear(config.dim, config.dim, rngs=rngs, ops=ops, **options)
+        self.o = linear(config.dim, config.dim, rngs=rngs, ops=ops, **options)
+        self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=options["param_dtype"])
+        self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=options["param_dtype"])
         self.num_heads = config.num_heads
-        self.dtype = dtypes["dtype"]
+        self.dtype = options["dtype"]
+        self.ops = ops
 
     def heads(self, x: Tokens) -> Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1).astype(self.dtype)
 
-    def project_out(self, y: Array) -> Tokens:
-        return self.o(y.reshape(*y.shape[:2], -1))
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"implementation": self.ops.attention, "precision": self.ops.attention_precision}
 
 
 class SelfAttention(_Attention):
-    def __call__(self, x: Tokens, rope: RopeTables, spans: Sequence[Span] | None = None) -> Tokens:
+    def __call__(self, x: Prepared, rope: RopeTables, spans: Sequence[Span] | None = None) -> Tokens:
         q, k, v = self.queries_keys_values(x, rope)
-        return self.project_out(
-            named_output(attention(q, k, v) if spans is None else attention_by_spans(q, k, v, spans))
-        )
+        y = attention(q, k, v, **self.how) if spans is None else attention_by_spans(q, k, v, spans, **self.how)
+        return _without_heads(named_output(y))
 
     def with_cache(
-        self, x: Tokens, rope: RopeTables, cache: Any, layer: Array, start_frame: Array, end_frame: Array
+        self, x: Prepared, rope: RopeTables, cache: Any, layer: Array, start_frame: Array, end_frame: Array
     ) -> tuple[Tokens, Any]:
         q, k, v = self.queries_keys_values(x, rope)
         cache = cache.write(layer, k, v, start_frame)
-        return self.project_out(cache.attend(layer, q, end_frame)), cache
+        return _without_heads(cache.attend(layer, q, end_frame, **self.how)), cache
 
-    def after(self, x: Tokens, rope: RopeTables, keys: Array, values: Array, start_row: Array) -> Tokens:
+    def after(self, x: Prepared, rope: RopeTables, keys: Array, values: Array, start_row: Array) -> Tokens:
         """Attention to the first `start_row` rows of constant keys and values [B, T, H, D], and to itself."""
         q, k, v = self.queries_keys_values(x, rope)
         keys, values = (
             jax.lax.dynamic_update_slice(jax.lax.stop_gradient(old).astype(new.dtype), new, (0, start_row, 0, 0))
             for old, new in ((keys, k), (values, v))
         )
-        return self.project_out(named_output(attention(q, keys, values, key_length=start_row + x.shape[1])))
+        y = attention(q, keys, values, key_length=start_row + q.shape[1], **self.how)
+        return _without_heads(named_output(y))
 
-    def queries_keys_values(self, x: Tokens, rope: RopeTables) -> tuple[Array, Array, Array]:
-        q = apply_rope(self.norm_q(self.q(x)).reshape(*x.shape[:2], self.num_heads, -1), rope)
-        k = apply_rope(self.norm_k(self.k(x)).reshape(*x.shape[:2], self.num_heads, -1), rope)
-        return q.astype(self.dtype), k.astype(self.dtype), self.heads(self.v(x))
+    def queries_keys_values(self, x: Prepared, rope: RopeTables) -> tuple[Array, Array, Array]:
+        q, k = (
+            rmsnorm_rope(y, norm.scale[...], norm.eps, rope, dtype=self.dtype, implementation=self.ops.linear)
+            for y, norm in ((self.q(x), self.norm_q), (self.k(x), self.norm_k))
+        )
+        return q, k, self.heads(self.v(x))
 
 
 class CrossAttention(_Attention):
@@ -105,25 +117,27 @@ class CrossAttention(_Attention):
     The padding of the text is attended too: the published models were trained without a mask.
     """
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        super().__init__(config, rngs=rngs, **dtypes)
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(config, rngs=rngs, **options)
         if config.model_type == "i2v":
-            self.k_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-            self.v_img = Linear(config.dim, config.dim, rngs=rngs, **dtypes)
-            self.norm_k_img = RMSNorm(config.dim, eps=config.eps, param_dtype=dtypes["param_dtype"])
+            self.k_img = linear(config.dim, config.dim, rngs=rngs, **options)
+            self.v_img = linear(config.dim, config.dim, rngs=rngs, **options)
+            self.norm_k_img = RMSNorm(config.dim, eps=config.eps, param_dtype=options["param_dtype"])
 
     def keys(self, text: Tokens, image: Tokens | None) -> CrossKeys:
-        k, v = self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+        own = self.k.prepare(text)
+        k, v = self.heads(self.norm_k(self.k(own))), self.heads(self.v(own))
         if image is None:
             return CrossKeys(k, v)
-        return CrossKeys(k, v, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image)))
+        own = self.k_img.prepare(image)
+        return CrossKeys(k, v, self.heads(self.norm_k_img(self.k_img(own))), self.heads(self.v_img(own)))
 
-    def __call__(self, x: Tokens, keys: CrossKeys) -> Tokens:
+    def __call__(self, x: Prepared, keys: CrossKeys) -> Tokens:
         q = self.heads(self.norm_q(self.q(x)))
-        y = attention(q, keys.k, keys.v)
+        y = attention(q, keys.k, keys.v, **self.how)
         if keys.k_img is not None and keys.v_img is not None:
-            y = y + attention(q, keys.k_img, keys.v_img)
-        return self.project_out(named_output(y))
+            y = y + attention(q, keys.k_img, keys.v_img, **self.how)
+        return _without_heads(named_output(y))
 
 
 class Block(nnx.Module):
@@ -132,13 +146,13 @@ class Block(nnx.Module):
     time: [B, 6, D], or [B, F, 6, D] where every frame has its own timestep.
     """
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        param_dtype = dtypes["param_dtype"]
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **options: Any):
+        param_dtype = options["param_dtype"]
         self.modulation = nnx.Param(modulation_init(rngs, 6, config.dim, param_dtype))
-        self.self_attn = SelfAttention(config, rngs=rngs, **dtypes)
+        self.self_attn = SelfAttention(config, rngs=rngs, **options)
         self.norm3 = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.cross_attn = CrossAttention(config, rngs=rngs, **dtypes)
-        self.ffn = Mlp((config.dim, config.ffn_dim, config.dim), jax.nn.gelu, rngs=rngs, **dtypes)
+        self.cross_attn = CrossAttention(config, rngs=rngs, **options)
+        self.ffn = Mlp((config.dim, config.ffn_dim, config.dim), jax.nn.gelu, rngs=rngs, **options)
         self.eps = config.eps
 
     def __call__(
@@ -184,16 +198,22 @@ class Block(nnx.Module):
         y = self.self_attn.after(self._before_attention(x, parts), rope, keys, values, start_row)
         return self._after_attention(x, y, parts, cross)
 
-    def _before_attention(self, x: Tokens, parts: Sequence[Array]) -> Tokens:
+    def _before_attention(self, x: Tokens, parts: Sequence[Array]) -> Prepared:
         shift, scale, *_ = parts
-        return normalize(x, self.eps) * (1 + scale) + shift
+        return self.self_attn.q.modulate(x, shift, scale, self.eps)
 
     def _after_attention(self, x: Tokens, y: Tokens, parts: Sequence[Array], keys: CrossKeys) -> Tokens:
+        """y: what self attention gives, before its last projection."""
         _, _, gate_1, shift_2, scale_2, gate_2 = parts
-        x = x + y.astype(jnp.float32) * gate_1
-        x = x + self.cross_attn(self.norm3(x), keys).astype(jnp.float32)
-        y = self.ffn(normalize(x, self.eps) * (1 + scale_2) + shift_2)
-        return x + y.astype(jnp.float32) * gate_2
+        x = self.self_attn.o.add_to(x, y, gate_1)
+        y = self.cross_attn(self.cross_attn.q.normalize(x, self.norm3), keys)
+        x = self.cross_attn.o.add_to(x, y)
+        y = self.ffn.linear_1.gelu(self.ffn.linear_1.modulate(x, shift_2, scale_2, self.eps))
+        return self.ffn.linear_2.add_to(x, y, gate_2)
+
+
+def _without_heads(y: Array) -> Tokens:
+    return y.reshape(*y.shape[:2], -1)
 
 
 def modulation_parts(modulation: nnx.Param, time: Array, tokens: int) -> list[Array]:

@@ -1,0 +1,163 @@
+"""What 8 bits did to each matrix: its error against the source, or what can be told without one."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from x2v_jax.checkpoint.arrays import row_pieces
+from x2v_jax.checkpoint.eight_bit import LARGEST, EightBit, dequantize
+from x2v_jax.checkpoint.layouts import Source, recognise
+from x2v_jax.checkpoint.names import QUANTIZABLE
+from x2v_jax.checkpoint.opened import Opened, open_native, open_source
+from x2v_jax.checkpoint.selection import select
+from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """One 8-bit matrix.
+
+    Attributes:
+        component, key: which; the official key.
+        dtype: "int8" or "float8_e4m3fn".
+        smallest_scale, largest_scale: of its rows.
+        saturated, zeros: shares of the values that are the largest, and zero. A row's largest value always saturates.
+        relative_error: root mean square of the error, over that of the source; None without a source.
+        cosine: of the source and the multiplied-out matrix; None without a source.
+    """
+
+    component: str
+    key: str
+    dtype: str
+    smallest_scale: float
+    largest_scale: float
+    saturated: float
+    zeros: float
+    relative_error: float | None = None
+    cosine: float | None = None
+
+    @property
+    def decibels(self) -> float | None:
+        """Signal to quantization noise, from the relative error."""
+        if self.relative_error is None:
+            return None
+        return -20 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.key} {self.dtype}: scale {self.smallest_scale:.2e} to {self.largest_scale:.2e}, "
+            f"{self.saturated:.3%} saturated, {self.zeros:.2%} zero"
+        )
+        if self.relative_error is not None:
+            text += f"; error {self.relative_error:.2%} ({self.decibels:.1f} dB), cosine {self.cosine:.6f}"
+        return text
+
+
+def quantization_report(path: str | pathlib.Path, against: str | pathlib.Path | None = None) -> Iterator[MatrixReport]:
+    """Reads every 8-bit matrix of a checkpoint, one at a time.
+
+    Args:
+        path: a native checkpoint, or LightX2V's 8-bit files.
+        against: the checkpoint, in any layout, that it was made of.
+
+    Raises:
+        UserError: there is no 8-bit matrix, or the source does not have the same matrices as floats.
+    """
+    networks = {name: one for name, one in _open(path).items() if one.found.kept}
+    if not networks:
+        raise UserError(
+            f"{path}: none of its matrices is 8-bit with scales by rows; there is no quantization to tell of"
+        )
+    sources = _open(against) if against is not None else {}
+    for component, one in networks.items():
+        source = _source_of(component, one, sources, against) if against is not None else {}
+        for key, matrix in sorted(one.found.kept.items(), key=lambda item: _in_order(item[0])):
+            yield _report(component, key, matrix, source.get(key))
+
+
+def _open(path: str | pathlib.Path) -> dict[str, Opened]:
+    layout = recognise(path)
+    if layout.kind == "native":
+        native = open_checkpoint(layout.path)
+        return {name: open_native(native, name) for name in QUANTIZABLE if native.has(name)}
+    sources: dict[str, Source] = {
+        name: source for name, source in select(layout, None, ()).items() if name in QUANTIZABLE
+    }
+    return {name: open_source(source)[0] for name, source in sources.items()}
+
+
+def _source_of(component: str, one: Opened, sources: Mapping[str, Opened], against: Any) -> Mapping[str, LazyTensor]:
+    if component not in sources:
+        raise UserError(f"--against {against}: it has no {component}; give the checkpoint that this was made of")
+    found = sources[component].found
+    for key, matrix in one.found.kept.items():
+        if key not in found.tensors or found.tensors[key].shape != matrix.values.shape:
+            raise UserError(
+                f"--against {against}: {key} is missing or of another size; give the source of this very model"
+            )
+        if key in found.quantized:
+            raise UserError(f"--against {against}: {key} is 8-bit too; give the 16- or 32-bit weights")
+    return found.tensors
+
+
+def _in_order(key: str) -> list[tuple[int, str]]:
+    """Block 10 comes after block 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
+
+
+def _report(component: str, key: str, matrix: EightBit, source: LazyTensor | None) -> MatrixReport:
+    values, scale = matrix.values.read(), matrix.scale.read()
+    largest = LARGEST[matrix.quantization]
+    saturated = zeros = 0
+    sums = np.zeros(4)  # of error^2, source^2, restored^2, source * restored
+    start = 0
+    floats = None if source is None else source.read()
+    for rows in row_pieces(values):
+        part = slice(start, start + len(rows))
+        start += len(rows)
+        magnitudes = np.abs(rows.astype(np.float32))
+        saturated += int((magnitudes >= largest).sum())
+        zeros += int((magnitudes == 0).sum())
+        if floats is not None:
+            sums += _sums(floats[part].astype(np.float32), dequantize(rows, scale[part]))
+    report = MatrixReport(
+        component,
+        key,
+        matrix.quantization,
+        float(scale.min(initial=math.inf)),
+        float(scale.max(initial=0)),
+        saturated / max(1, values.size),
+        zeros / max(1, values.size),
+    )
+    if floats is None:
+        return report
+    error, exact, restored, both = (float(value) for value in sums)
+    relative = math.sqrt(error / exact) if exact else 0.0 if not error else math.inf
+    cosine = both / math.sqrt(exact * restored) if exact and restored else 1.0
+    return dataclasses.replace(report, relative_error=relative, cosine=cosine)
+
+
+def _sums(exact: np.ndarray, restored: np.ndarray) -> np.ndarray:
+    pairs = ((exact - restored, exact - restored), (exact, exact), (restored, restored), (exact, restored))
+    return np.array([np.vdot(a, b).astype(np.float64) for a, b in pairs])
+
+
+def summary(reports: list[MatrixReport]) -> list[str]:
+    """A line a component: how many matrices, and of their errors the usual and the worst."""
+    lines = []
+    for component in dict.fromkeys(report.component for report in reports):
+        own = [report for report in reports if report.component == component]
+        line = f"{component}: {len(own)} matrices"
+        errors = [(report.relative_error, report.key) for report in own if report.relative_error is not None]
+        if errors:
+            worst, key = max(errors)
+            line += f", relative error {np.median([error for error, _ in errors]):.2%} in the middle, "
+            line += f"{worst:.2%} at the most ({key})"
+        lines.append(line)
+    return lines
