@@ -1,6 +1,5 @@
 """What `python -m infer` does, from the arguments to the files. jax is imported only when all arguments are good."""
 
-import os
 import pathlib
 import sys
 import time
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import flags
 from configs.inference import KEYS
-from infer import outputs, settings
+from infer import outputs, settings, start, warm_up
 from infer.interrupts import Interrupts
 from infer.settings import Job, Settings
 from infer.streaming import stream_video
@@ -22,6 +21,7 @@ DEFAULT_CONFIG = "configs/shapes/t2v.py"
 OPTIONS = {
     "config": flags.Option(f"settings to start from [{DEFAULT_CONFIG}]", "FILE.py[:ARGUMENT]"),
     "rerun": flags.Option("repeat a video with the settings that it carries", "FILE.mp4"),
+    "warmup": flags.Option("compile what the video needs, for the next start, and make none"),
     "overwrite": flags.Option("replace existing files (the same as --config.overwrite=true)"),
 }
 # Prompts that are encoded ahead, so that the text encoder is loaded once for so many videos.
@@ -52,6 +52,7 @@ _USAGE = """python -m infer: makes videos from prompts and images
   python -m infer --config=configs/shapes/t2v_causal.py --config.seconds=20
   python -m infer --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
   python -m infer --rerun outputs/FILE.mp4 --config.seed=7
+  python -m infer --warmup --config=configs/distill/wan_t2v_4step.py --config.compiled_programs=FILE
 
 The path of each video is printed when it is written; its settings are in the file and in a .json beside it.
 Causal checkpoints write their video block by block to a file that can be watched while it grows. Ctrl-C ends it: what
@@ -74,26 +75,14 @@ def run(arguments: Sequence[str]) -> None:
     with Interrupts() as interrupts:
         line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
         work = settings.read(line)
-        _generate(work, interrupts)
+        (warm_up.run if line.options.get("warmup") else _generate)(work, interrupts)
 
 
 def _generate(work: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
-    config = work.config
-    _set_up_jax(config.compilation_cache)
-    from x2v_jax import memory
-    from x2v_jax.pipeline import Pipeline
-
-    pipeline = Pipeline(
-        work.checkpoint,
-        dtype=config.dtype,
-        loras=work.loras,
-        keep_encoders=config.keep_encoders,
-        allow_mismatch=config.allow_mismatch,
-        sequential_guidance=config.sequential_guidance,
-        vae_decode=config.vae_decode,
-    )
-    _announce(pipeline, work, memory.device_bytes_free())
+    pipeline = start.pipeline(work)
+    warm_up.take_programs(pipeline, work)
+    start.announce(pipeline, work)
     seconds = {"imports": time.perf_counter() - begin}
     is_causal = work.checkpoint.schedule.causal is not None
     predicted = 0
@@ -132,45 +121,6 @@ def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> 
             bar.update()
 
         return pipeline.generate(job.request, on_step)
-
-
-def _set_up_jax(cache: str) -> None:
-    # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    import jax
-
-    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
-        # The small programs of the tiny model are worth keeping, too.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _announce(pipeline: "Pipeline", work: Settings, free: int | None) -> None:
-    import jax
-
-    request = work.jobs[0].request
-    plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
-    frames = "endless" if request.num_frames is None else f"{request.num_frames} frames of"
-    if work.checkpoint.schedule.causal is None:
-        how = f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}"
-    else:
-        how = (
-            f"{request.num_inference_steps} steps for each block of {request.num_frame_per_block} latent frames, "
-            f"{request.rollout_mode} window of {request.rollout_window}"
-        )
-    print(
-        f"{work.checkpoint.path} ({work.checkpoint.task} {work.checkpoint.variant}) on {jax.devices()[0].device_kind}: "
-        f"{frames} {height}x{width}, {how}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory",
-        file=sys.stderr,
-    )
-    if pipeline.lora_report is not None:
-        print(pipeline.lora_report, file=sys.stderr)
-    if free is not None and plan.peak > free:
-        warnings.warn(
-            f"the prediction is {plan.peak / 1e9:.1f} GB and the device has {free / 1e9:.1f} GB free; a smaller "
-            "height, width or num_frames, vae_decode='tiled' or sequential_guidance=true would need less",
-            stacklevel=2,
-        )
 
 
 def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: int) -> None:

@@ -11,7 +11,10 @@ from x2v_jax.request import Request
 from x2v_jax.video import write_video
 
 # Keys that do not belong to the video but to the run or the machine.
-_LEFT_OUT = ("prompt_file", "num_videos", "output", "overwrite", "save_latents", "compilation_cache")
+_LEFT_OUT = (
+    "prompt_file", "num_videos", "output", "overwrite", "save_latents", "compilation_cache", "compiled_programs",
+    "memory_limit", "offload",
+)  # fmt: skip
 
 
 def metadata(work: Settings, job: Job) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs import flags
 from configs.inference import KEYS, LENGTHS, inference_config
-from x2v_jax import interchange, memory
+from x2v_jax import interchange, run_options
 from x2v_jax.block_inputs import read_inputs
 from x2v_jax.checkpoint.lora import parse_lora_argument
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
@@ -87,6 +87,11 @@ def read(line: flags.CommandLine) -> Settings:
     return Settings(config, checkpoint, loras, jobs, inputs)
 
 
+def options(config: Config) -> dict[str, Any]:
+    """The pipeline's options that a config has."""
+    return {name: config[name] for name in run_options.RunOptions.names()}
+
+
 def checkpoint_digest(checkpoint: NativeCheckpoint) -> str:
     """Tells checkpoints apart cheaply: model.json lists the digests of the sources."""
     return _sha256(checkpoint.path / "model.json")
@@ -133,11 +138,7 @@ def _check(config: Config) -> None:
             f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; `python -m train` takes those "
             "for training"
         )
-    problems = []
-    if config.dtype not in memory.DTYPES:
-        problems.append(f"config.dtype is {config.dtype!r}; give {' or '.join(memory.DTYPES)}")
-    if config.vae_decode not in memory.DECODE_METHODS:
-        problems.append(f"config.vae_decode is {config.vae_decode!r}; give one of {', '.join(memory.DECODE_METHODS)}")
+    problems = [f"config.{problem}" for problem in run_options.problems(options(config))]
     if not isinstance(config.num_videos, int) or not 1 <= config.num_videos <= _MAX_VIDEOS:
         problems.append(f"config.num_videos is {config.num_videos!r}; give a whole number from 1 to {_MAX_VIDEOS}")
     if config.seed is not None and config.seed < -1:

@@ -207,7 +207,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     arguments: list[str],
     expected: str,
 ):
-    monkeypatch.setattr("infer.cli._set_up_jax", lambda cache: pytest.fail("the work began"))
+    monkeypatch.setattr("infer.start._set_up_jax", lambda cache: pytest.fail("the work began"))
     assert run(f"--config.checkpoint={checkpoint}", "--config.prompt=a red circle", *arguments) == 2
     out, err = capsys.readouterr()
     assert expected in err and err.startswith("error: ") and "Traceback" not in err and not out
@@ -220,7 +220,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
 def test_a_checkpoint_that_makes_videos_whole_is_said_to(
     whole: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argument: str
 ):
-    monkeypatch.setattr("infer.cli._set_up_jax", lambda cache: pytest.fail("the work began"))
+    monkeypatch.setattr("infer.start._set_up_jax", lambda cache: pytest.fail("the work began"))
     assert run(f"--config.checkpoint={whole}", f"--config.{argument}") == 2
     err = capsys.readouterr().err
     assert "but this checkpoint makes a video as a whole" in err and "use a causal checkpoint" in err
@@ -247,7 +247,7 @@ def test_a_continuation_of_another_model_or_size_is_refused(
         writer.write("latents", np.zeros((16, 2, 4, 6), np.float32))
     write_video("c.mp4", np.zeros((5, 32, 32, 3), np.uint8), 16)
     pathlib.Path("d.mp4").write_bytes(b"no video" * 100)
-    monkeypatch.setattr("infer.cli._set_up_jax", lambda cache: pytest.fail("the work began"))
+    monkeypatch.setattr("infer.start._set_up_jax", lambda cache: pytest.fail("the work began"))
     cases = [
         (checkpoint, ["--config.continue_from=a.safetensors", "--config.height=64"], "holds a video of 32x48"),
         (other, ["--config.continue_from=a.safetensors"], "the latents of a.safetensors are another model's"),
@@ -271,7 +271,10 @@ class FakePipeline:
         self.closed = False
 
     def plan(self, request: Any) -> Any:
-        return SimpleNamespace(peak=0)
+        return SimpleNamespace(peak=0, host=0)
+
+    def check_memory(self, request: Any) -> Any:
+        return self.plan(request)
 
     def output_size(self, request: Any) -> tuple[Any, int, int]:
         return request.num_frames, 32, 48
@@ -288,7 +291,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     import x2v_jax.pipeline
 
     monkeypatch.setattr(x2v_jax.pipeline, "Pipeline", FakePipeline)
-    monkeypatch.setattr("infer.cli._set_up_jax", lambda cache: None)
+    monkeypatch.setattr("infer.start._set_up_jax", lambda cache: None)
     return FakePipeline
 
 

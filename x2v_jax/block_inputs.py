@@ -110,4 +110,7 @@ def block_sizes(request: "Request", causal: CausalSchedule | None, dtype: str) -
         encoded = 1 if causal.independent_first_frame else request.num_frame_per_block
     elif request.continue_from is not None and not continuation.holds_latents(request.continue_from):
         encoded = request.rollout_window
-    return memory.BlockSizes(request.num_frame_per_block, request.rollout_window, request.kv_cache or dtype, encoded)
+    # Where positions are relative the sink moves on, from a second copy of its keys.
+    originals = (request.rollout_sink or 0) if request.rollout_positions == "relative" else 0
+    kv_cache = request.kv_cache or dtype
+    return memory.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)

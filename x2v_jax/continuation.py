@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x2v_jax import memory
+from x2v_jax import vae_memory
 from x2v_jax.checkpoint.safetensors_file import read_metadata, read_safetensors
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
@@ -92,7 +92,7 @@ def given_frames(plan: RolloutPlan, available: int, wanted: int | None) -> int:
 
 def tail_frames(plan: RolloutPlan, vae: VaeConfig) -> int:
     """Latent frames of an earlier video that can matter: the network's window, and what the VAE's decoder recalls."""
-    return max(plan.window - plan.block, memory.decoder_reach(vae) + 1)
+    return max(plan.window - plan.block, vae_memory.decoder_reach(vae) + 1)
 
 
 def holds_latents(path: str | os.PathLike[str]) -> bool:

@@ -2,24 +2,37 @@
 
 Without a callback the whole sampling is one compiled program (few steps unrolled, many scanned). With one, the same
 step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
+
+Whether the latents are finite is worked out on the device beside each step, and read when the host waits anyway: after
+the whole program, or where the loop hands a step's latents out.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from x2v_jax.diffusion import noise, step_distill, unipc
 from x2v_jax.diffusion.flow import guided_velocity, timestep_from_sigma
 from x2v_jax.models import functional
+from x2v_jax.programs import Program
 
 OnStep = Callable[[int, int, Array], None]
 Latents = Float[Array, "1 f h w c"]
+
+
+class NotFinite(ArithmeticError):
+    """After step `step` (from 0) of `count`, the latents hold NaN or infinity."""
+
+    def __init__(self, step: int, count: int):
+        super().__init__(f"step {step + 1} of {count}")
+        self.step, self.count = step, count
 
 
 class Conditions(NamedTuple):
@@ -49,9 +62,15 @@ class Denoiser:
         self._velocity = functools.partial(_velocity, graphdef, sequential_guidance)
         self._distill_step = jax.jit(self._distill_step_fn, donate_argnums=(2,))
         self._distill_all = jax.jit(self._distill_all_fn, static_argnames="sigmas", donate_argnums=(2,))
+        self._unipc_start = jax.jit(unipc.init_state, donate_argnums=(0,))
         self._unipc_step = jax.jit(self._unipc_step_fn, donate_argnums=(2,))
         self._unipc_all = jax.jit(self._unipc_all_fn, donate_argnums=(2,))
+        self._draw = jax.jit(_draw, static_argnames="shape")
         self._step_noise = jax.jit(noise.step_noise, static_argnames="shape")
+
+    def draw(self, seed: int, shape: tuple[int, ...]) -> tuple[Latents, Key[Array, ""]]:
+        """A request's initial noise [1, f, h, w, C], and its key."""
+        return self._draw(np.uint32(seed), shape=shape)
 
     def sample_step_distill(
         self,
@@ -68,17 +87,21 @@ class Denoiser:
             sigmas: float32 [S], from step_sigmas.
             renoise: the request's key, or the noise itself for the S - 1 re-noisings.
             on_step: called with (step, S, latents) after each.
+
+        Raises:
+            NotFinite: the latents are not, after some step.
         """
         if on_step is None:
-            return self._distill_all(params, conditions, initial, renoise, sigmas=tuple(float(s) for s in sigmas))
+            static = tuple(float(s) for s in sigmas)
+            return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas=static))
         latents, count = initial, len(sigmas)
         for i, sigma in enumerate(sigmas):
             # At the last step level 0 of no noise leaves x0 as it is, so that one program serves all steps.
             last = i + 1 == count
-            added = jnp.zeros_like(latents) if last else self._noise_after(renoise, i, latents.shape)
+            added = np.zeros(latents.shape, np.float32) if last else self._noise_after(renoise, i, latents.shape)
             following = np.float32(0) if last else sigmas[i + 1]
-            latents = self._distill_step(params, conditions, latents, sigma, following, added)
-            on_step(i, count, jax.block_until_ready(latents))
+            latents, finite = self._distill_step(params, conditions, latents, sigma, following, added)
+            _hand_out(i, count, latents, finite, on_step)
         return latents
 
     def sample_unipc(
@@ -89,41 +112,86 @@ class Denoiser:
         table: unipc.Coefficients,
         on_step: OnStep | None = None,
     ) -> Latents:
-        """UniPC with the coefficients of `table`. `initial` is donated. on_step: as in `sample_step_distill`."""
+        """UniPC with the coefficients of `table`. `initial` is donated; the rest as in `sample_step_distill`."""
         if on_step is None:
-            return self._unipc_all(params, conditions, initial, table)
-        state, count = unipc.init_state(initial), len(table.sigma)
+            return _checked(*self._unipc_all(params, conditions, initial, table))
+        state, count = self._unipc_start(initial), len(table.sigma)
         for i in range(count):
-            state = self._unipc_step(params, conditions, state, unipc.coefficients_at(table, i))
-            on_step(i, count, jax.block_until_ready(state.latents))
+            state, finite = self._unipc_step(params, conditions, state, unipc.coefficients_at(table, i))
+            _hand_out(i, count, state.latents, finite, on_step)
         return state.latents
 
-    def _noise_after(self, renoise: Any, i: int, shape: tuple[int, ...]) -> Array:
-        return self._step_noise(renoise, i, shape=shape) if _is_key(renoise) else jnp.asarray(renoise[i])[None]
+    def programs(
+        self,
+        params: Any,
+        conditions: Conditions,
+        shape: tuple[int, ...],
+        schedule: np.ndarray | unipc.Coefficients,
+        *,
+        watched: bool,
+    ) -> Iterator[Program]:
+        """What sampling from a seed compiles.
+
+        Args:
+            params, conditions: in shapes.
+            shape: of the latents.
+            schedule: sigmas or a table, as the samplers take them.
+            watched: whether there will be an on_step.
+        """
+        initial = jax.ShapeDtypeStruct(shape, jnp.float32)
+        seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.float32)
+        key = jax.eval_shape(lambda seed: _draw(seed, shape)[1], seed)
+        yield Program("noise", self._draw, (seed,), {"shape": shape})
+        if isinstance(schedule, unipc.Coefficients):
+            if not watched:
+                yield Program("denoising", self._unipc_all, (params, conditions, initial, schedule))
+                return
+            state = jax.eval_shape(unipc.init_state, initial)
+            row = unipc.Coefficients(*[number] * len(unipc.Coefficients._fields))
+            yield Program("first state", self._unipc_start, (initial,))
+            yield Program("denoising step", self._unipc_step, (params, conditions, state, row))
+        elif not watched:
+            static = {"sigmas": tuple(float(s) for s in schedule)}
+            yield Program("denoising", self._distill_all, (params, conditions, initial, key), static)
+        else:
+            step = jax.ShapeDtypeStruct((), jnp.int32)
+            yield Program("noise between steps", self._step_noise, (key, step), {"shape": shape})
+            arguments = (params, conditions, initial, number, number, initial)
+            yield Program("denoising step", self._distill_step, arguments)
+
+    def _noise_after(self, renoise: Any, i: int, shape: tuple[int, ...]) -> Any:
+        return self._step_noise(renoise, np.int32(i), shape=shape) if _is_key(renoise) else renoise[i][None]
 
     def _distill_step_fn(
         self, params: Any, conditions: Conditions, latents: Array, sigma: Array, following: Array, added: Array
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         velocity = self._velocity(params, conditions, latents, timestep_from_sigma(sigma))
-        return step_distill.step(latents, velocity, sigma, following, added)
+        latents = step_distill.step(latents, velocity, sigma, following, added)
+        return latents, _is_finite(latents)
 
     def _distill_all_fn(
         self, params: Any, conditions: Conditions, initial: Array, renoise: Any, *, sigmas: tuple[float, ...]
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         def renoise_fn(i: int) -> Array:
             return noise.step_noise(renoise, i, initial.shape) if _is_key(renoise) else renoise[i][None]
 
-        return step_distill.sample(
-            functools.partial(self._velocity, params, conditions), initial, np.asarray(sigmas, np.float32), renoise_fn
-        )
+        velocity, finite = functools.partial(self._velocity, params, conditions), []
+        levels = np.asarray(sigmas, np.float32)
+        latents = step_distill.sample(velocity, initial, levels, renoise_fn, lambda _, x: finite.append(_is_finite(x)))
+        return latents, jnp.stack(finite)
 
     def _unipc_step_fn(
         self, params: Any, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients
-    ) -> unipc.UniPCState:
-        return unipc.step(state, self._velocity(params, conditions, state.latents, c.timestep), c)
+    ) -> tuple[unipc.UniPCState, Array]:
+        state = unipc.step(state, self._velocity(params, conditions, state.latents, c.timestep), c)
+        return state, _is_finite(state.latents)
 
-    def _unipc_all_fn(self, params: Any, conditions: Conditions, initial: Array, table: unipc.Coefficients) -> Array:
-        return unipc.sample(functools.partial(self._velocity, params, conditions), initial, table)
+    def _unipc_all_fn(
+        self, params: Any, conditions: Conditions, initial: Array, table: unipc.Coefficients
+    ) -> tuple[Array, Array]:
+        step = functools.partial(self._unipc_step_fn, params, conditions)
+        state, finite = jax.lax.scan(step, unipc.init_state(initial), jax.tree.map(jnp.asarray, table))
+        return state.latents, finite
 
 
 def _velocity(
@@ -151,6 +219,31 @@ def _velocity(
         return guided_velocity(predict(text[:1]), predict(text[1:]), conditions.guidance_scale)
     both = predict(text)
     return guided_velocity(both[:1], both[1:], conditions.guidance_scale)
+
+
+def _draw(seed: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    key = jax.random.key(seed)
+    return noise.initial_noise(key, shape), key
+
+
+def _is_finite(latents: Array) -> Array:
+    return jnp.isfinite(latents).all()
+
+
+def _hand_out(step: int, count: int, latents: Array, finite: Array, on_step: OnStep) -> None:
+    latents = jax.block_until_ready(latents)
+    if not finite:  # it is there with the latents: reading it waits for nothing
+        raise NotFinite(step, count)
+    on_step(step, count, latents)
+
+
+def _checked(latents: Array, finite: Array) -> Array:
+    if isinstance(finite, Tracer):  # part of a larger program: nothing can be read yet
+        return latents
+    good = np.asarray(finite)  # waits for the whole sampling, as its clock does anyway
+    if not good.all():
+        raise NotFinite(int(np.argmin(good)), len(good))
+    return latents
 
 
 def _is_key(renoise: Any) -> bool:

@@ -1,6 +1,7 @@
 """A picture -> what image-to-video conditions on, with the networks that read it."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from x2v_jax.diffusion import image_condition
 from x2v_jax.image import load_image
 from x2v_jax.models import functional
 from x2v_jax.networks import Network
+from x2v_jax.programs import Program
 from x2v_jax.vae_runner import VaeRunner
 
 
@@ -29,6 +31,7 @@ class ImageConditioner:
         self.vae = vae
         self._patch_size = patch_size
         self._encode = jax.jit(lambda params, pixels: functional.merge(clip.graphdef, params)(pixels))
+        self._condition = jax.jit(self._condition_fn, static_argnames="frames")
         self._last: tuple[tuple[str, int], np.ndarray] | None = None
 
     def latent_size(self, source: Any, max_area: int) -> tuple[int, int]:
@@ -52,22 +55,29 @@ class ImageConditioner:
             clock: takes the time of "load" and "image".
         """
         image = self._load(source)
+        frames, height, width = size
         with clock("load"):
-            params = self.clip.load()
-            self.vae.network.load()
+            clip, vae = self.clip.load(), self.vae.network.load()
         with clock("image"):
             pixels = image_condition.clip_pixels(image, self.clip.config.image_size)
-            features = self._encode(params, pixels[None])
-            frames, height, width = size
-            latents = image_condition.image_condition(
-                self.vae.encode,
-                image,
-                height=height,
-                width=width,
-                num_frames=frames,
-                temporal_stride=self.vae.network.config.temporal_stride,
-            )
-            return features, jax.block_until_ready(latents)[None]
+            picture = image_condition.resize_bicubic(image, height, width)
+            features = self._encode(clip, pixels[None])
+            latents = self._condition(vae, picture[None, None], frames=frames)
+            return features, jax.block_until_ready(latents)
+
+    def programs(self, size: tuple[int, int, int]) -> Iterator[Program]:
+        """What a call compiles for a video of so many frames, rows and columns of pixels."""
+        frames, height, width = size
+        side = self.clip.config.image_size
+        pixels = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        picture = jax.ShapeDtypeStruct((1, 1, height, width, 3), np.float32)
+        yield Program("image encoder", self._encode, (self.clip.shapes, pixels))
+        arguments = (self.vae.network.shapes, picture)
+        yield Program("VAE encoder", self._condition, arguments, {"frames": frames})
+
+    def _condition_fn(self, params: functional.Params, picture: Array, frames: int) -> Array:
+        latents = self.vae.still(params, picture, frames)
+        return image_condition.image_condition(latents, self.vae.network.config.temporal_stride)
 
     def _load(self, source: Any) -> UInt8[np.ndarray, "h w 3"]:
         """The last file is remembered, because size, condition and CLIP each ask for it. Arrays may change in place."""

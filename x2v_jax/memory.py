@@ -4,37 +4,35 @@ Weights are counted exactly. Activations are estimated with factors that were fi
 programs (`tests/test_memory.py` holds the prediction against such reports); they are a guide, not a promise.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from x2v_jax import vae_memory
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
-from x2v_jax.models.vae_tiling import TILE
+from x2v_jax.models.config import ClipConfig, Umt5Config, WanConfig
 
 DTYPES = ("bfloat16", "float32")
-DECODE_METHODS = ("auto", "whole", "stream", "tiled")
-# The VAE works in pieces where the whole would take more activations than this.
-WHOLE_LIMIT = 1 << 30
-# Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches,
-# of the piece before and of the next.
-_WHOLE_PICTURES, _PIECE_PICTURES = 6, 20
+OFFLOADS = ("none", "blocks")
 # Attention without a fused kernel makes scores in chunks of at most this size.
 _MAX_SCORES = 1 << 28
 # What the process takes on a CPU without any model: Python, jax, compiling.
 _PROCESS = 400 << 20
+# Blocks on the device at one time where the others wait in the host's memory: the one at work, the one that is coming.
+_BLOCKS_AT_ONCE = 2
 
 # Of the transformer: matmuls whose inputs must keep float32 (time, patches, output), so their weights do too.
 _EXACT = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64)} | {_BFLOAT16}
+_EIGHT_BIT = {np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)}
+# Networks whose blocks' matrices the converter can bring to 8 bits.
+_QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 
 
 class Weights(Protocol):
@@ -48,18 +46,33 @@ class Weights(Protocol):
 class MemoryPlan:
     """Predicted bytes on the device.
 
-    weights: by component, as loaded.
-    phases: weights and activations together, of "text", "image", "denoise" and "vae".
-    kv_cache: of block-by-block models, what the phases "denoise" and "vae" hold of it.
+    weights: by component, as loaded, wherever they are.
+    parts: of "text", "image", "denoise" and "vae", what is on the device then: weights by component, "activations",
+        and of block-by-block models "keys and values" and "decoder's frames".
+    host: bytes of weights that stay in the host's memory (offload "blocks").
     """
 
     weights: dict[str, int]
-    phases: dict[str, int]
-    kv_cache: int = 0
+    parts: dict[str, dict[str, int]]
+    host: int = 0
+
+    @property
+    def phases(self) -> dict[str, int]:
+        return {name: sum(parts.values()) for name, parts in self.parts.items()}
 
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    @property
+    def kv_cache(self) -> int:
+        """Of block-by-block models, what the phases "denoise" and "vae" hold of it."""
+        return self.parts["denoise"].get("keys and values", 0)
+
+    @property
+    def weights_at_once(self) -> int:
+        """The most bytes of weights, which are counted exactly, that are on the device at one time."""
+        return max(sum(n for part, n in parts.items() if part in self.weights) for parts in self.parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +80,16 @@ class BlockSizes:
     """What the memory of a block-by-block video depends on; its length is not among it. Counts are of latent frames.
 
     block, window: as in `rollout_plan.RolloutPlan`.
-    kv_cache: "bfloat16", "float32" or "int8".
+    kv_cache: "bfloat16", "float32", "int8" or "int8_e4m3".
     encoded: given frames that the VAE encodes first, of an image or a video.
+    originals: frames of the sink whose keys are kept a second time, because they move on (relative positions).
     """
 
     block: int
     window: int
     kv_cache: str
     encoded: int = 0
+    originals: int = 0
 
 
 def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype:
@@ -83,18 +98,20 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
     Args:
         component, name: of the weight.
         stored: its type in the file.
-        dtype: "bfloat16" or "float32", of the run.
+        dtype: "bfloat16" or "float32", of the run; of the VAE, of its own.
 
     Raises:
-        UserError: the file holds something that is not a plain float, such as 8-bit weights.
+        UserError: the file holds something that is neither a plain float nor an 8-bit matrix of the blocks.
     """
     stored = np.dtype(stored)
+    if stored in _EIGHT_BIT and component in _QUANTIZABLE and name.endswith(".weight"):
+        return stored
     if stored not in _FLOATS:
         raise UserError(
             f"{component}: {name} is stored as {stored.name}, which this pipeline does not run; convert the checkpoint "
             "from its bfloat16 or float32 weights"
         )
-    if dtype == "float32" or component == "vae":
+    if dtype == "float32":
         return np.dtype(np.float32)
     exact = component == "transformer" and name.startswith(_EXACT)
     is_matrix = name.endswith(".kernel") or name == "token_embedding.embedding"
@@ -108,67 +125,108 @@ def plan(
     *,
     guided: bool,
     dtype: str = "bfloat16",
+    vae_dtype: str = "float32",
     keep_encoders: bool = False,
     sequential_guidance: bool = False,
     vae_decode: str = "auto",
+    offload: str = "none",
+    quantized: Sequence[str] = (),
     with_text_encoder: bool = True,
     on_cpu: bool = False,
+    available: int | None = None,
     blocks: BlockSizes | None = None,
 ) -> MemoryPlan:
     """Predicts the memory of one video.
 
     Args:
-        checkpoint: its tensors' shapes are read, not their values.
+        checkpoint: its tensors' shapes and types are read, not their values.
         configs: of the components it has.
         latents: frames, height and width of the latents.
         guided: whether there are two passes a step.
+        offload: "blocks" leaves the transformer's blocks in the host's memory.
+        quantized: components to be counted as if their matrices were in 8 bits, whatever they are.
         with_text_encoder: False where text embeddings are given.
         on_cpu: count the process itself, as `peak_bytes` does there.
+        available: bytes that the device has, which decide what vae_decode "auto" means; None: not known.
         blocks: for models that make a video block by block.
     """
-    weights = {name: weight_bytes(checkpoint, name, dtype) for name in configs if checkpoint.has(name)}
+    dtypes = {name: vae_dtype if name == "vae" else dtype for name in configs if checkpoint.has(name)}
+    weights = {name: weight_bytes(checkpoint, name, dtypes[name], quantized=name in quantized) for name in dtypes}
     if not with_text_encoder:
         weights.pop("text_encoder", None)
-    encoders = sum(weights.get(name, 0) for name in ("text_encoder", "image_encoder"))
-    kept = encoders if keep_encoders else 0
-    transformer, vae = weights.get("transformer", 0), weights.get("vae", 0)
+    encoders = {name: weights[name] for name in ("text_encoder", "image_encoder") if name in weights}
+    kept = encoders if keep_encoders else {}
+    host = 0
+    transformer = {"transformer": weights.get("transformer", 0)}
     wan, vae_config = configs["transformer"], configs["vae"]
-    size = 4 if dtype == "float32" else 2
-    phases = {}
+    if offload == "blocks" and "transformer" in weights:
+        only = weight_bytes(checkpoint, "transformer", dtype, quantized="transformer" in quantized, within="blocks.")
+        held = min(_BLOCKS_AT_ONCE, wan.num_layers) * only // wan.num_layers
+        host, transformer = only, {"transformer": weights["transformer"] - only + held}
+    vae = {"vae": weights.get("vae", 0)}
+    size, vae_size = _itemsize(dtype), _itemsize(vae_dtype)
+    base = {"process": _PROCESS} if on_cpu else {}
+    parts: dict[str, dict[str, int]] = {}
     if "text_encoder" in weights:
-        phases["text"] = weights["text_encoder"] + text_bytes(configs["text_encoder"], wan.text_len, size)
+        work = text_bytes(configs["text_encoder"], wan.text_len, size)
+        parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": work}
+
+    def encode(latents: Sequence[int]) -> int:
+        method = vae_memory.encode_method(vae_config, latents, vae_size)
+        return vae_memory.encode_bytes(vae_config, latents, method, vae_size)
+
     if wan.model_type == "i2v":
-        encode = encode_bytes(vae_config, latents, encode_method(vae_config, latents))
-        work = max(clip_bytes(configs["image_encoder"], size), encode)
-        phases["image"] = encoders + vae + work
+        work = max(clip_bytes(configs["image_encoder"], size), encode(latents))
+        parts["image"] = base | encoders | vae | {"activations": work}
     if blocks is not None and blocks.encoded:
-        given = (blocks.encoded, *latents[1:])
-        phases["image"] = kept + vae + encode_bytes(vae_config, given, encode_method(vae_config, given))
-    cache = 0
+        # In pieces, each of which is given the convolutions' frames of the one before.
+        work = encode((blocks.encoded, *latents[1:])) + vae_memory.decoder_cache_bytes(vae_config, latents, vae_size)
+        parts["image"] = base | kept | vae | {"activations": work}
     if blocks is not None:
-        cache = kv_cache_bytes(wan, latents, blocks)
         own = denoise_bytes(wan, (blocks.block, *latents[1:]), 1, size, on_cpu=on_cpu, window=blocks.window)
-        resident = kept + transformer + vae + cache
-        phases["denoise"] = resident + own + decoder_cache_bytes(vae_config, latents)
-        method = "tiled" if vae_decode == "tiled" else "stream"
-        phases["vae"] = resident + decode_bytes(vae_config, (2, *latents[1:]), method)
+        resident = base | kept | transformer | vae | {"keys and values": kv_cache_bytes(wan, latents, blocks)}
+        frames = vae_memory.decoder_cache_bytes(vae_config, latents, vae_size)
+        parts["denoise"] = resident | {"activations": own, "decoder's frames": frames}
+        shown = (2, *latents[1:])
+        method = vae_memory.decode_method(vae_config, shown, _less(available, resident), vae_size)
+        method = "tiled" if "tiled" in (vae_decode, method if vae_decode == "auto" else "") else "stream"
+        decode = vae_memory.decode_bytes(vae_config, shown, method, vae_size)
+        parts["vae"] = resident | {"activations": decode, "decoder's frames": frames}
     else:
         batch = 2 if guided and not sequential_guidance else 1
-        phases["denoise"] = kept + transformer + denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
-        if wan.model_type == "i2v":
-            phases["denoise"] += vae  # loaded for the image already
-        method = decode_method(vae_config, latents, None) if vae_decode == "auto" else vae_decode
-        phases["vae"] = kept + transformer + vae + decode_bytes(vae_config, latents, method)
-    base = _PROCESS if on_cpu else 0
-    return MemoryPlan(weights, {name: base + value for name, value in phases.items()}, cache)
+        own = denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
+        before = vae if wan.model_type == "i2v" else {}  # loaded for the image already
+        parts["denoise"] = base | kept | transformer | before | {"activations": own}
+        resident = base | kept | transformer | vae
+        method = vae_decode
+        if method == "auto":
+            method = vae_memory.decode_method(vae_config, latents, _less(available, resident), vae_size)
+        parts["vae"] = resident | {"activations": vae_memory.decode_bytes(vae_config, latents, method, vae_size)}
+    return MemoryPlan(weights, parts, host)
 
 
-def weight_bytes(checkpoint: Weights, component: str, dtype: str) -> int:
-    """Bytes of a component's weights as loaded."""
-    return sum(
-        math.prod(tensor.shape) * device_dtype(component, name, tensor.dtype, dtype).itemsize
-        for name, tensor in checkpoint.tensors(component).items()
-    )
+def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: bool = False, within: str = "") -> int:
+    """Bytes of a component's weights as loaded.
+
+    Args:
+        quantized: count matrices of the blocks as 8-bit with a float32 scale an output, whatever they are.
+        within: only the weights whose names begin so.
+    """
+    total = 0
+    for name, tensor in checkpoint.tensors(component).items():
+        if not name.startswith(within):
+            continue
+        shape, itemsize = tensor.shape, device_dtype(component, name, tensor.dtype, dtype).itemsize
+        if quantized and component in _QUANTIZABLE and name.startswith("blocks.") and name.endswith(".kernel"):
+            total += math.prod(shape) + 4 * math.prod(shape) // shape[-2]
+        else:
+            total += math.prod(shape) * itemsize
+    return total
+
+
+def is_quantized(tensors: Iterable[Any]) -> bool:
+    """Whether some of a component's tensors are 8-bit."""
+    return any(np.dtype(tensor.dtype) in _EIGHT_BIT for tensor in tensors)
 
 
 def denoise_bytes(
@@ -186,8 +244,8 @@ def denoise_bytes(
     length = math.prod(n // p for n, p in zip(latents, config.patch_size, strict=True))
     keys = length if window is None else length // latents[0] * window
     tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
-    # Residual stream, its normalised copy, and the gated sum in float32; q, k, v and the attention's result.
-    per_token = config.dim * (3 * 4 + 3 * 4 + 4 * size) + config.ffn_dim * 2 * size
+    # Residual stream, its normalised copy and the gated sum in float32; q, k, v and the attention's result.
+    per_token = config.dim * (3 * 4 + 4 * size) + config.ffn_dim * size
     elements = math.prod(latents) * config.in_dim * batch
     return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
 
@@ -199,9 +257,12 @@ def kv_cache_bytes(config: WanConfig, latents: Sequence[int], blocks: BlockSizes
         latents: frames, height, width; the frames do not matter.
     """
     tokens = math.prod(n // p for n, p in zip(latents[1:], config.patch_size[1:], strict=True))
-    width = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / config.head_dim}[blocks.kv_cache]
-    rows = 2 * config.num_layers * config.dim
-    return int(rows * (blocks.window * tokens * width + config.text_len * min(width, 2.0)))
+    eight_bit = 1.0 + 4 / config.head_dim  # a float32 scale for each head of each row
+    widths = {"float32": 4.0, "bfloat16": 2.0, "int8": eight_bit, "int8_e4m3": eight_bit}
+    floating = 4.0 if blocks.kv_cache == "float32" else 2.0
+    rows = config.num_layers * config.dim
+    window = 2 * blocks.window * tokens * widths[blocks.kv_cache]
+    return int(rows * (window + blocks.originals * tokens * floating + 2 * config.text_len * floating))
 
 
 def text_bytes(config: Umt5Config, length: int, size: int) -> int:
@@ -214,79 +275,6 @@ def clip_bytes(config: ClipConfig, size: int) -> int:
     """Activations of CLIP's visual tower on one image."""
     tokens = 1 + (config.image_size // config.patch_size) ** 2
     return tokens * config.dim * (12 + 6 * size) + config.num_heads * tokens * tokens * 8
-
-
-def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str) -> int:
-    """Activations of the VAE's decoder, float32, for "whole", "stream" or "tiled"."""
-    frames, height, width = latents
-    if method == "tiled":
-        height, width = min(height, TILE), min(width, TILE)
-    picture = _picture_bytes(config, height, width)
-    if method == "whole" or frames == 1:
-        return (config.temporal_stride * (frames - 1) + 1) * picture * _WHOLE_PICTURES
-    return config.temporal_stride * picture * _PIECE_PICTURES
-
-
-def decoder_cache_bytes(config: VaeConfig, latents: Sequence[int]) -> int:
-    """What the VAE's decoder keeps from one chunk of frames to the next, float32. latents: frames, height, width."""
-    pixels = latents[1] * latents[2]
-    return sum(4 * 2 * channels * pixels * scale**2 for channels, _, scale in _decoder_caches(config))
-
-
-def decoder_reach(config: VaeConfig) -> int:
-    """How many latent frames before a frame have an influence on how it is decoded."""
-    return math.ceil(sum(2 / rate for _, rate, _ in _decoder_caches(config)))
-
-
-def _decoder_caches(config: VaeConfig) -> list[tuple[int, int, int]]:
-    """(channels, frames a latent frame, pixels a latent's side) of each convolution in time, which keeps two frames."""
-    widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    rate = scale = 1
-    caches = [(config.z_dim, 1, 1)] + [(widths[0], 1, 1)] * 4
-    for i, (width, out) in enumerate(itertools.pairwise(widths)):
-        first = width if i == 0 else width // 2
-        caches += [(first, rate, scale)] + [(out, rate, scale)] * (2 * config.num_res_blocks + 1)
-        if i < len(config.dim_mult) - 1:
-            if config.temporal_downsample[-1 - i]:
-                caches.append((out, rate, scale))
-                rate *= 2
-            scale *= 2
-    return [*caches, (widths[-1], rate, scale)]
-
-
-def encode_bytes(config: VaeConfig, latents: Sequence[int], method: str = "whole") -> int:
-    """Activations of the VAE's encoder, float32, for "whole" or "stream". latents: frames, height, width."""
-    return decode_bytes(config, latents, method)
-
-
-def encode_method(config: VaeConfig, latents: Sequence[int]) -> str:
-    """ "whole" where that takes little memory, else "stream", which gives the same latents."""
-    return "whole" if encode_bytes(config, latents) <= WHOLE_LIMIT else "stream"
-
-
-def decode_method(config: VaeConfig, latents: Sequence[int], free: int | None) -> str:
-    """What vae_decode "auto" means for latents of (frames, height, width), with `free` bytes left (None: not known)."""
-    if decode_bytes(config, latents, "whole") <= WHOLE_LIMIT:
-        return "whole"
-    return "tiled" if free is not None and decode_bytes(config, latents, "stream") > free else "stream"
-
-
-@contextlib.contextmanager
-def explained(plan: MemoryPlan) -> Iterator[None]:
-    """Turns jax's error on full memory into a UserError that says what to change."""
-    import jax
-
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fix = "height, width or num_frames, set vae_decode to 'tiled', or set sequential_guidance"
-        if plan.kv_cache:
-            fix = "height, width or rollout_window, set vae_decode to 'tiled', or set kv_cache to 'int8'"
-        raise UserError(
-            f"the device's memory does not suffice ({plan.peak / 1e9:.1f} GB predicted); ask for a smaller {fix}"
-        ) from error
 
 
 def peak_bytes() -> int:
@@ -308,9 +296,17 @@ def device_bytes_free() -> int | None:
     return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
 
 
-def _picture_bytes(config: VaeConfig, height: int, width: int) -> int:
-    # One frame of the stage at full size, float32; nearly all memory is held in a few arrays of this size.
-    return height * width * config.spatial_stride**2 * config.dim * 4
+def device_bytes() -> int | None:
+    """Bytes that jax may take of the first device; None where that is not known, as on CPU."""
+    return _device_statistics().get("bytes_limit")
+
+
+def _less(available: int | None, parts: Mapping[str, int]) -> int | None:
+    return None if available is None else available - sum(parts.values())
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def _at_most_float32(dtype: np.dtype) -> np.dtype:

@@ -11,15 +11,18 @@ import numpy as np
 from flax import nnx
 
 from x2v_jax.checkpoint import lora, names
+from x2v_jax.checkpoint.eight_bit import quantization_of
 from x2v_jax.checkpoint.store import NativeCheckpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.memory import device_dtype
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.host_blocks import with_blocks_on_host
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
+from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
 from x2v_jax.request_fields import as_config
 
 _NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
@@ -40,24 +43,51 @@ class Network:
         component: its name in the checkpoint.
         config: as `NativeCheckpoint.config` gives it.
         tensors: its weights as `NativeCheckpoint.tensors` gives (and has checked) them; read when they are loaded.
-        dtype: "bfloat16" or "float32". The VAE always runs in float32: half precision shows as banding.
+        dtype: "bfloat16" or "float32", of all networks but the VAE.
+        vae_dtype: "bfloat16" or "float32", of the VAE.
+        quantization: "int8" or "float8_e4m3fn" where the matrices of its blocks are; None: as the tensors say.
+        ops: who computes its large operations.
+        blocks_on_host: leave the weights of its blocks in the host's memory; see `models.host_blocks`.
     """
 
-    def __init__(self, component: str, config: Any, tensors: Mapping[str, LazyTensor], *, dtype: str):
+    def __init__(
+        self,
+        component: str,
+        config: Any,
+        tensors: Mapping[str, LazyTensor],
+        *,
+        dtype: str,
+        vae_dtype: str = "float32",
+        quantization: str | None = None,
+        ops: OpChoice = DEFAULT_OPS,
+        blocks_on_host: bool = False,
+    ):
         config_class, make = _NETWORKS[component]
         self.component = component
         self.config = as_config(config_class, config)
-        compute = jnp.float32 if component == "vae" else jnp.dtype(dtype)
-        self.graphdef, _ = functional.abstract(
-            lambda: make(self.config, rngs=nnx.Rngs(0), dtype=compute)  # the numbers are never drawn
-        )
+        self.quantization = quantization = quantization or quantization_of(tensors)
         self._tensors = tensors
-        self._dtype = dtype
+        self.dtype = vae_dtype if component == "vae" else dtype
+        self._blocks_on_host = blocks_on_host
+        options: dict[str, Any] = {"dtype": jnp.dtype(self.dtype)}
+        if component != "vae":
+            options |= {"quantization": quantization, "ops": ops}
+
+        def network() -> nnx.Module:
+            made = make(self.config, rngs=nnx.Rngs(0), **options)  # the numbers are never drawn
+            return with_blocks_on_host(made) if blocks_on_host else made
+
+        self.graphdef, _ = functional.abstract(network)
         self._params: functional.Params | None = None
 
     @property
     def is_loaded(self) -> bool:
         return self._params is not None
+
+    @property
+    def shapes(self) -> functional.Params:
+        """What `load` will give, without its numbers: the tree with a `jax.ShapeDtypeStruct` for each parameter."""
+        return functional.unflatten({name: self._shape(name, tensor) for name, tensor in self._tensors.items()})
 
     def load(self) -> functional.Params:
         """The parameters on the device, read from the file unless they are there already.
@@ -76,16 +106,33 @@ class Network:
         gc.collect()
 
     def _place(self, name: str, tensor: LazyTensor) -> jax.Array:
-        wanted = device_dtype(self.component, name, tensor.dtype, self._dtype)
+        shape = self._shape(name, tensor)
         values = tensor.read()
         # Cast on the host, so that the device never holds a weight twice; one at a time, so that neither does the host.
-        return jax.device_put(np.asarray(values, wanted)).block_until_ready()
+        return jax.device_put(np.asarray(values, shape.dtype), shape.sharding).block_until_ready()
+
+    def _shape(self, name: str, tensor: LazyTensor) -> jax.ShapeDtypeStruct:
+        dtype = device_dtype(self.component, name, tensor.dtype, self.dtype)
+        there = None
+        if self._blocks_on_host and name.startswith("blocks."):
+            there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+        return jax.ShapeDtypeStruct(tensor.shape, dtype, sharding=there)
 
 
 def describe_networks(
-    checkpoint: NativeCheckpoint, loras: Sequence[Lora], *, dtype: str
+    checkpoint: NativeCheckpoint,
+    loras: Sequence[Lora],
+    *,
+    dtype: str,
+    vae_dtype: str = "float32",
+    ops: OpChoice = DEFAULT_OPS,
+    offload: str = "none",
 ) -> tuple[dict[str, Network], lora.LoraReport | None]:
     """The networks that a checkpoint has, by component, none of them loaded; LoRAs are merged into the transformer.
+
+    Args:
+        dtype, vae_dtype, ops: see `Network`.
+        offload: "none", or "blocks" for those of the transformer in the host's memory.
 
     Raises:
         UserError: the checkpoint is damaged, or a LoRA does not fit it.
@@ -97,7 +144,16 @@ def describe_networks(
             files = [(lora.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
             rows = names.table(name, checkpoint.config(name))
             tensors, report = lora.merge_into_native(tensors, files, rows)
-        networks[name] = Network(name, checkpoint.config(name), tensors, dtype=dtype)
+        networks[name] = Network(
+            name,
+            checkpoint.config(name),
+            tensors,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            quantization=checkpoint.quantization(name),
+            ops=ops,
+            blocks_on_host=offload == "blocks" and name == "transformer",
+        )
     return networks, report
 
 

@@ -1,35 +1,32 @@
 """Prompt or image -> frames: the one place that knows the order of the parts.
 
-tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames. Models
-that make a video block by block go through `streaming` instead of a sampler.
+tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames: see
+`whole_video`. Models that make a video block by block go through `streaming` instead of a sampler.
 """
 
 import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
-from x2v_jax import interchange, memory
-from x2v_jax.block_inputs import BlockInputs, block_sizes, read_inputs
+from x2v_jax import interchange, memory, memory_advice, memory_settings, whole_video
+from x2v_jax.block_inputs import BlockInputs, read_inputs
 from x2v_jax.checkpoint import store
 from x2v_jax.clock import Clock
-from x2v_jax.denoising import Conditions, Denoiser, OnStep
-from x2v_jax.diffusion import image_condition, noise, step_distill, unipc
+from x2v_jax.denoising import OnStep
 from x2v_jax.errors import UserError
-from x2v_jax.image_conditioner import ImageConditioner
-from x2v_jax.networks import Lora, Network, describe_networks
-from x2v_jax.prompts import PromptEncoder
-from x2v_jax.request import Request, latent_shape, resolve
-from x2v_jax.streaming import Block, BlockStreamer, collect
-from x2v_jax.vae_runner import DecodeMethod, VaeRunner
+from x2v_jax.networks import Lora
+from x2v_jax.parts import Parts, prompts_of
+from x2v_jax.programs import Program, compile_all
+from x2v_jax.request import Request, resolve
+from x2v_jax.run_options import RunOptions
+from x2v_jax.streaming import Block, collect
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -60,36 +57,13 @@ class Pipeline:
     >>> frames = pipe("a red circle moves left", seed=1)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        checkpoint: store.NativeCheckpoint,
-        *,
-        dtype: DTypeLike = "bfloat16",
-        loras: Sequence[Lora] = (),
-        keep_encoders: bool = False,
-        allow_mismatch: bool = False,
-        sequential_guidance: bool = False,
-        vae_decode: DecodeMethod = "auto",
-    ):
+    def __init__(self, checkpoint: store.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Any):
         """See `from_checkpoint`."""
-        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        if dtype not in memory.DTYPES:
-            raise UserError(f"dtype is {dtype!r}; give {' or '.join(memory.DTYPES)}")
-        if vae_decode not in memory.DECODE_METHODS:
-            raise UserError(f"vae_decode is {vae_decode!r}; give one of {', '.join(memory.DECODE_METHODS)}")
         self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.keep_encoders = keep_encoders
-        self.allow_mismatch = allow_mismatch
-        self.sequential_guidance = sequential_guidance
-        self.vae_decode: DecodeMethod = vae_decode
+        self.options = RunOptions.of(options)
         self._has_loras = bool(loras)
-        self._networks, self.lora_report = describe_networks(checkpoint, loras, dtype=dtype)
-        self._denoiser: Denoiser | None = None
-        self._streamer: BlockStreamer | None = None
-        self._vae: VaeRunner | None = None
-        self._prompt_encoder: PromptEncoder | None = None
-        self._image_conditioner: ImageConditioner | None = None
+        self._parts = Parts(checkpoint, self.options, loras)
+        self.lora_report = self._parts.lora_report
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -97,15 +71,13 @@ class Pipeline:
 
         Args:
             path: the checkpoint's folder.
-            dtype: "bfloat16" (matmuls and weights; the rest is float32) or "float32" (everything, highest precision).
             loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
-            keep_encoders: leave text and image encoders on the device while denoising.
-            allow_mismatch: accept requests that contradict the checkpoint's schedule.
-            sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
-            vae_decode: "auto", "whole", "stream" or "tiled"; see `vae_runner.VaeRunner`.
+            options: fields of `run_options.RunOptions`: dtype, vae_dtype, vae_decode, keep_encoders,
+                sequential_guidance, offload, memory_limit, attention, attention_precision, linear, linear_activations
+                and allow_mismatch.
 
         Raises:
-            UserError: no such checkpoint, or a LoRA that does not fit it.
+            UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
         return cls(store.open_checkpoint(path), **options)
 
@@ -153,34 +125,31 @@ class Pipeline:
                 file that it names does not; on the way where memory does not suffice or a block is not finite.
         """
         request = self.resolve(request)
-        inputs = read_inputs(request, self.checkpoint, allow_mismatch=self.allow_mismatch)
-        return self._stream_blocks(request, inputs)
+        return self._stream_blocks(request, self._inputs(request))
 
     def resolve(self, request: Request) -> Request:
         """`request.resolve` with this pipeline's checkpoint and settings."""
-        return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=self.allow_mismatch)
+        allow_mismatch = self.options.allow_mismatch
+        return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=allow_mismatch)
 
     def output_size(self, request: Request) -> tuple[int | None, int, int]:
         """Frames (None: endless), height and width in pixels of the video that a resolved request gives."""
-        _, height, width, _ = self._latent_shape(request)
-        stride = self._network("vae").config.spatial_stride
-        return request.num_frames, height * stride, width * stride
+        return self._parts.output_size(request)
 
     def plan(self, request: Request) -> memory.MemoryPlan:
         """The memory that a resolved request will take, worked out before anything is loaded."""
-        return memory.plan(
-            self.checkpoint,
-            {name: network.config for name, network in self._networks.items()},
-            self._latent_shape(request)[:3],
-            guided=request.is_guided,
-            dtype=self.dtype,
-            keep_encoders=self.keep_encoders,
-            sequential_guidance=self.sequential_guidance,
-            vae_decode=self.vae_decode,
-            with_text_encoder=request.text_embeddings is None,
-            on_cpu=jax.default_backend() == "cpu",
-            blocks=block_sizes(request, self.checkpoint.schedule.causal, self.dtype),
-        )
+        return self._memory(request).plan()
+
+    def check_memory(self, request: Request) -> memory.MemoryPlan:
+        """The memory that a resolved request will take, compared with what there is. Warns where it may be too little.
+
+        Raises:
+            UserError: it is beyond memory_limit, or the weights alone are more than the device has.
+        """
+        needs = self._memory(request)
+        plan, limit = needs.plan(), self.options.memory_limit_bytes
+        memory_advice.check(plan, memory.device_bytes_free(), memory.device_bytes(), limit, needs.explain)
+        return plan
 
     def prepare(self, requests: Sequence[Request]) -> float:
         """Encodes the prompts of many requests with the text encoder loaded once. Returns the seconds it took.
@@ -190,13 +159,41 @@ class Pipeline:
         """
         begin = time.perf_counter()
         clock = Clock()
-        with self._precision():
+        with self._parts.precision():
             for request in requests:
                 request = self.resolve(request)
                 if request.text_embeddings is None:
-                    self._texts_of(_prompts(request), clock)
-        self._release_encoders()
+                    self._parts.prompts(prompts_of(request), clock)
+        self._parts.release_encoders()
         return time.perf_counter() - begin
+
+    def warm_up(
+        self, request: Request, *, watched: bool = False, on_start: Callable[[str], None] | None = None
+    ) -> Iterator[tuple[str, float]]:
+        """Compiles what a request's video needs, with nothing loaded and nothing made: (name, seconds) of each program.
+
+        What is compiled lies in jax's persistent cache afterwards, if there is one (jax_compilation_cache_dir), and the
+        video then starts without compiling.
+
+        Args:
+            request: resolved or not.
+            watched: for `generate` with an on_step, where each step is a program of its own.
+            on_start: called with each program's name before it is compiled.
+
+        Raises:
+            UserError: the request does not fit.
+        """
+        request = self.resolve(request)
+        with self._parts.precision():
+            yield from compile_all(self._programs(request, watched), on_start)
+
+    def _programs(self, request: Request, watched: bool) -> Iterator[Program]:
+        if self.checkpoint.schedule.causal is None:
+            yield from whole_video.programs(self._parts, request, watched=watched)
+            return
+        if request.text_embeddings is None:
+            yield from self._parts.prompts.programs()
+        yield from self._parts.streamer.programs(request, self._inputs(request))
 
     def generate(self, request: Request, on_step: OnStep | None = None) -> Result:
         """Makes one video.
@@ -214,165 +211,60 @@ class Pipeline:
         request = self.resolve(request)
         if self.checkpoint.schedule.causal is not None:
             return self._generate_blocks(request, on_step)
-        plan = self.plan(request)
-        clock = Clock()
-        with memory.explained(plan), self._precision():
-            latents = self._latents(request, clock, on_step)
+        plan = self.check_memory(request)
+        clock, parts = Clock(), self._parts
+        with self._explained(request), parts.precision():
+            latents = whole_video.make_latents(parts, request, clock, on_step)
             if request.save_latents is not None:
-                interchange.write_latents(request.save_latents, np.asarray(latents[0]))
+                interchange.write_latents(request.save_latents, np.asarray(latents)[0])
             with clock("load"):
-                self._network("vae").load()
+                parts.network("vae").load()
             with clock("vae"):
-                frames = self._vae_runner().decode(latents)
-        peak = memory.peak_bytes()
-        return Result(frames, np.asarray(latents[0]), request, dict(clock.seconds), plan, peak)
+                frames = parts.vae.decode(latents)
+        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, memory.peak_bytes())
 
     def _generate_blocks(self, request: Request, on_step: OnStep | None) -> Result:
         if request.endless:
             raise UserError(
                 "endless is True, and there is no end to wait for; use stream, or say seconds or num_frames"
             )
-        inputs = read_inputs(request, self.checkpoint, allow_mismatch=self.allow_mismatch)
+        inputs = self._inputs(request)
         frames, latents, seconds = collect(self._stream_blocks(request, inputs), inputs, on_step)
         return Result(frames, latents, request, seconds, self.plan(request), memory.peak_bytes())
 
     def _stream_blocks(self, request: Request, inputs: BlockInputs) -> Generator[Block]:
-        given = None if request.text_embeddings is None else [self._texts_from_file(request)["text"]]
-
         def blocks() -> Generator[Block]:
             clock = Clock()
-            texts = given or self._texts_of(_prompts(request), clock)
-            self._release_encoders()
-            if self._streamer is None:
-                self._streamer = BlockStreamer(self._network("transformer"), self._vae_runner(), self.dtype)
-            yield from self._streamer.stream(request, inputs, texts, clock)
+            texts = self._parts.texts(request, clock)
+            self._parts.release_encoders()
+            yield from self._parts.streamer.stream(request, inputs, texts, clock)
 
-        return self._each(blocks, self.plan(request))
+        self.check_memory(request)
+        return self._each(blocks, request)
 
-    def _each(self, start: Callable[[], Generator[Block]], plan: memory.MemoryPlan) -> Generator[Block]:
+    def _each(self, start: Callable[[], Generator[Block]], request: Request) -> Generator[Block]:
         """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
         with contextlib.closing(start()) as blocks:
             while True:
-                with memory.explained(plan), self._precision():
+                with self._explained(request), self._parts.precision():
                     block = next(blocks, None)
                 if block is None:
                     return
                 yield block
 
-    def _latents(self, request: Request, clock: Clock, on_step: OnStep | None) -> Array:
-        initial, renoise = self._noise(request)  # first, so that a file that does not fit costs no loading
-        conditions = self._conditions(request, clock)
-        self._release_encoders()
-        with clock("load"):
-            params = self._network("transformer").load()
-        with clock("denoise"):
-            denoiser = self._denoiser_()
-            if request.denoising_step_list is not None:
-                assert request.shift is not None  # resolved
-                sigmas = step_distill.step_sigmas(
-                    request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step)
-                )
-                latents = denoiser.sample_step_distill(params, conditions, initial, sigmas, renoise, on_step)
-            else:
-                assert request.num_inference_steps and request.shift  # resolved
-                table = unipc.unipc_table(request.num_inference_steps, request.shift)
-                latents = denoiser.sample_unipc(params, conditions, initial, table, on_step)
-            if request.pin_first_frame and conditions.image_latents is not None:
-                latents = image_condition.pin_first_frame(latents, conditions.image_latents)
-            finite = bool(jnp.isfinite(latents).all())
-        if not finite:
-            raise UserError(
-                "the latents hold NaN or infinity after denoising: the checkpoint's weights are damaged, or overflow "
-                f"in {self.dtype}; convert it again, or set dtype to 'float32'"
-            )
-        return latents
+    def _inputs(self, request: Request) -> BlockInputs:
+        return read_inputs(request, self.checkpoint, allow_mismatch=self.options.allow_mismatch)
 
-    def _noise(self, request: Request) -> tuple[Array, Any]:
-        """What to start from, and the noise to add between steps or the key that gives it."""
-        shape = self._latent_shape(request)
-        assert request.seed is not None  # resolved
-        key = jax.random.key(request.seed)
-        if request.initial_noise is None:
-            return noise.initial_noise(key, (1, *shape)), key
-        steps = len(request.denoising_step_list) if request.denoising_step_list is not None else None
-        initial, renoise = interchange.read_noise(request.initial_noise, shape, steps)
-        return jnp.asarray(initial)[None], key if renoise is None else renoise
+    def _explained(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        return memory_advice.explained(lambda: self._memory(request).explain(memory.device_bytes()))
 
-    def _conditions(self, request: Request, clock: Clock) -> Conditions:
-        if request.text_embeddings is not None:
-            texts = self._texts_from_file(request)
-            given = [texts["text"]]
-            if request.is_guided:
-                negative = texts.get("negative_text")
-                if negative is None:
-                    negative = self._texts_of([request.negative_prompt or ""], clock)[0]
-                given.insert(0, negative)
-        else:
-            given = self._texts_of(_prompts(request), clock)
-        text = jnp.asarray(np.stack(given))
-        assert request.guidance_scale is not None  # resolved
-        conditions = Conditions(text, np.float32(request.guidance_scale))
-        if self.checkpoint.task != "i2v":
-            return conditions
-        frames, height, width = self.output_size(request)
-        assert frames is not None  # only block-by-block videos are endless
-        features, latents = self._images()(request.image, (frames, height, width), clock)
-        return conditions._replace(image_features=features, image_latents=latents)
-
-    def _texts_from_file(self, request: Request) -> dict[str, np.ndarray]:
-        assert request.text_embeddings is not None
-        transformer = self._network("transformer").config
-        return interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
-
-    def _texts_of(self, prompts: Sequence[str], clock: Clock) -> list[np.ndarray]:
-        if self._prompt_encoder is None:
-            text_len = self._network("transformer").config.text_len
-            self._prompt_encoder = PromptEncoder(self.checkpoint, self._network("text_encoder"), text_len)
-        return self._prompt_encoder(prompts, clock)
-
-    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
-        frames, height, width, channels = latent_shape(request, self.checkpoint)
-        if self.checkpoint.task == "i2v":
-            assert request.height and request.width  # resolved
-            height, width = self._images().latent_size(request.image, request.height * request.width)
-        return frames, height, width, channels
-
-    def _network(self, name: str) -> Network:
-        if name not in self._networks:
-            raise UserError(
-                f"{self.checkpoint.path} has no {name}; convert it again with every component of the source"
-            )
-        return self._networks[name]
-
-    def _denoiser_(self) -> Denoiser:
-        if self._denoiser is None:
-            graphdef = self._network("transformer").graphdef
-            self._denoiser = Denoiser(graphdef, sequential_guidance=self.sequential_guidance)
-        return self._denoiser
-
-    def _vae_runner(self) -> VaeRunner:
-        if self._vae is None:
-            self._vae = VaeRunner(self._network("vae"), self.vae_decode)
-        return self._vae
-
-    def _images(self) -> ImageConditioner:
-        if self._image_conditioner is None:
-            patch_size = self._network("transformer").config.patch_size
-            self._image_conditioner = ImageConditioner(self._network("image_encoder"), self._vae_runner(), patch_size)
-        return self._image_conditioner
-
-    def _release_encoders(self) -> None:
-        if not self.keep_encoders:
-            for name in ("text_encoder", "image_encoder"):
-                if name in self._networks:
-                    self._networks[name].release()
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        # On GPUs and TPUs float32 matmuls are rounded to fewer bits unless asked otherwise.
-        return jax.default_matmul_precision("highest") if self.dtype == "float32" else contextlib.nullcontext()
-
-
-def _prompts(request: Request) -> list[str]:
-    """The texts to encode: with guidance the negative prompt first; then those that come later in the video."""
-    first = [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
-    return [*first, *(prompt for _, prompt in request.prompt_schedule)]
+    def _memory(self, request: Request) -> memory_settings.Needs:
+        return memory_settings.Needs(
+            self.checkpoint,
+            {name: network.config for name, network in self._parts.networks.items()},
+            self._parts.latent_shape(request)[:3],
+            request,
+            self.options,
+            on_cpu=jax.default_backend() == "cpu",
+            available=self.options.memory_limit_bytes or memory.device_bytes(),
+        )

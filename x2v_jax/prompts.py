@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
 from x2v_jax.models import functional
 from x2v_jax.networks import Network
+from x2v_jax.programs import Program
 from x2v_jax.tokenizer import Tokenizer
 
 Embedding = Float[np.ndarray, "l d"]
@@ -53,7 +54,7 @@ class PromptEncoder:
             with clock("text"):
                 for prompt in missing:
                     ids, mask = tokenizer([prompt])
-                    self._known[prompt] = np.array(self._encode(params, ids, mask)[0, : mask.sum()])
+                    self._known[prompt] = np.asarray(self._encode(params, ids, mask))[0, : mask.sum()].copy()
                     _warn_if_cut(tokenizer, prompt)
         found = []
         for prompt in prompts:
@@ -63,6 +64,11 @@ class PromptEncoder:
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return found
+
+    def programs(self) -> Iterator[Program]:
+        """What encoding a prompt compiles."""
+        ids = jax.ShapeDtypeStruct((1, self._text_len), np.int32)
+        yield Program("text encoder", self._encode, (self.network.shapes, ids, ids))
 
     def _load_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

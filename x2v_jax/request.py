@@ -66,7 +66,8 @@ class Request:
     prompt_schedule: (second, prompt) pairs: the prompt of the first block that starts at that second of the new video
         or later, and of the blocks after it. What the network sees of the video is then shown to it again under the
         new prompt (LongLive, arXiv:2509.22622).
-    kv_cache: what keys and values are kept in, "bfloat16", "float32" or "int8"; None: as the network computes.
+    kv_cache: what keys and values are kept in, "bfloat16", "float32", "int8" or "int8_e4m3" (int8 keys, float8 values);
+        None: as the network computes.
     num_fragments, num_frame_per_block, num_blocks, frame_seq_length: LightX2V's names for the number of windows of a
         "fragments" video, the latent frames of a block, the blocks of a window, and the tokens of a latent frame.
         They are checked against the checkpoint and the size.

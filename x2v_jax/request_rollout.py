@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # How `Request.context_noise` says that there is no clean pass.
 NO_CONTEXT_PASS = -1.0
-KV_CACHES = ("bfloat16", "float32", "int8")
+KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
 # LightX2V's names for what mode, window and size say too: checked, then said in our own terms.
 _SAID_OTHERWISE = ("num_fragments", "num_blocks", "frame_seq_length")
 _FIELDS = (

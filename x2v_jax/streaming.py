@@ -21,12 +21,13 @@ from jaxtyping import Array, Float
 from x2v_jax import continuation
 from x2v_jax.block_inputs import BlockInputs
 from x2v_jax.clock import Clock
-from x2v_jax.diffusion.rollout import ChangeFn, NoiseFn, RenoiseFn, Rollout, keyed_noise
+from x2v_jax.diffusion.rollout import ChangeFn, NoiseFn, RenoiseFn, Rollout, draw_between, draw_initial, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.latents_file import LatentsFile
 from x2v_jax.models.functional import Params
 from x2v_jax.networks import Network
+from x2v_jax.programs import Program
 from x2v_jax.request import Request
 from x2v_jax.request_rollout import pixel_frames
 from x2v_jax.vae_runner import StreamDecoder, VaeRunner
@@ -57,12 +58,12 @@ class BlockStreamer:
     """Makes block-by-block videos with a transformer and a VAE.
 
     Args:
-        transformer: of a causal text-to-video model.
-        dtype: "bfloat16" or "float32", of the run; the cache's too unless the request says otherwise.
+        transformer: of a causal text-to-video model. Its dtype is the cache's too unless the request says otherwise.
+        not_finite: where ("of block 3") -> the error for latents that are NaN or infinite there.
     """
 
-    def __init__(self, transformer: Network, vae: VaeRunner, dtype: str):
-        self._transformer, self._vae, self._dtype = transformer, vae, dtype
+    def __init__(self, transformer: Network, vae: VaeRunner, not_finite: Callable[[str], UserError]):
+        self._transformer, self._vae, self._not_finite = transformer, vae, not_finite
         self._rollouts: dict[tuple[RolloutPlan, tuple[int, int], str], Rollout] = {}
         self._is_finite = jax.jit(lambda latents: jnp.isfinite(latents).all())
 
@@ -107,6 +108,29 @@ class BlockStreamer:
                     file.append(block.latents, block.state)
                 yield block
 
+    def programs(self, request: Request, inputs: BlockInputs) -> Iterator[Program]:
+        """What making a video compiles, apart from its text and picture."""
+        rollout = self.rollout(inputs.plan, inputs.latent_size, request.kv_cache or self._transformer.dtype)
+        params, config = self._transformer.shapes, self._transformer.config
+        text = jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), jnp.float32)
+        yield Program("prompt's keys and values", rollout.prepare, (params, text))
+        context, cache = jax.eval_shape(rollout.prepare, params, text), jax.eval_shape(rollout.empty_cache)
+        key = jax.eval_shape(jax.random.key, 0)
+        number, timestep = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+        for frames in sorted({inputs.plan.block, 1 if inputs.plan.independent_first_frame else inputs.plan.block}):
+            latents = jax.ShapeDtypeStruct(rollout.shape(frames), jnp.float32)
+            added = jax.eval_shape(lambda latents=latents: rollout.no_noise(latents.shape))
+            drawn = {"shape": latents.shape}
+            yield Program("noise", draw_initial, (key, number), drawn)
+            if inputs.plan.num_steps > 1:
+                yield Program(
+                    "noise between steps", draw_between, (key, number), drawn | {"steps": inputs.plan.num_steps}
+                )
+            arguments = (params, context, cache, latents, added, number, number, number, timestep)
+            yield Program(f"block of {frames} latent frames", rollout.block, arguments)
+            yield Program("check", self._is_finite, (latents,))
+            yield from self._vae.stream_programs(latents.shape)
+
     def _before(self, inputs: BlockInputs) -> Given | None:
         """The latents that the video starts from: of the picture, or all that matters of the earlier video."""
         if inputs.picture is not None:
@@ -128,7 +152,7 @@ class BlockStreamer:
         self, request: Request, inputs: BlockInputs, texts: Sequence[np.ndarray], params: Params, before: Given | None
     ) -> Generator[Array]:
         """Latents of the blocks of the video in order; they may still be in the making when they come."""
-        rollout = self.rollout(inputs.plan, inputs.latent_size, request.kv_cache or self._dtype)
+        rollout = self.rollout(inputs.plan, inputs.latent_size, request.kv_cache or self._transformer.dtype)
         given = None if before is None else before[:, before.shape[1] - inputs.given :]
         if inputs.picture is not None:
             assert given is not None
@@ -183,7 +207,8 @@ class BlockStreamer:
                 following = next(queue, None)
                 frames = np.concatenate([np.asarray(piece)[0] for piece in pieces])
                 values = np.asarray(latents[0])
-                _check_finite(bool(finite), index, self._dtype)
+                if not finite:  # worked out on the device, and there before the frames
+                    raise self._not_finite(f"of block {index}")
                 seconds = {"denoise": denoised.result() - max(asked, free), "vae": decoded.result() - denoised.result()}
                 free, asked = decoded.result(), asked_next
                 if index == 0:
@@ -252,11 +277,3 @@ def _noises(request: Request, inputs: BlockInputs) -> tuple[NoiseFn, RenoiseFn]:
         return between(block + ahead, steps, shape)
 
     return noise, renoise
-
-
-def _check_finite(finite: bool, index: int, dtype: str) -> None:
-    if not finite:
-        raise UserError(
-            f"the latents of block {index} hold NaN or infinity after denoising: the checkpoint's weights are damaged, "
-            f"or overflow in {dtype}; convert it again, or set dtype to 'float32'"
-        )

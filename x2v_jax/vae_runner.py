@@ -1,6 +1,6 @@
 """The VAE at work: videos and latents in and out, whole or in pieces as memory allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from x2v_jax import memory
+from x2v_jax import memory, vae_memory
 from x2v_jax.models import functional
-from x2v_jax.models.vae_tiling import decode_in_chunks, decode_tiled
+from x2v_jax.models.vae_tiling import TILE, decode_tiled
 from x2v_jax.networks import Network
 from x2v_jax.pixels import to_uint8
+from x2v_jax.programs import Program
 
 DecodeMethod = Literal["auto", "whole", "stream", "tiled"]
 
@@ -22,15 +23,21 @@ class VaeRunner:
 
     Args:
         network: the VAE.
-        method: "whole" is one program; "stream" decodes one latent frame after the other, with the same result; "tiled"
-            also cuts the picture into overlapping tiles that are blended, which changes it slightly; "auto" is whole
-            where that takes little memory, else stream, and tiled only where the device could not hold that.
+        method: "whole" decodes all frames at once; "stream" one latent frame after the other, with the same result;
+            "tiled" also cuts the picture into overlapping tiles that are blended, which changes it slightly; "auto" is
+            whole where that takes little memory, else stream, and tiled only where the device could not hold that.
+            Each is one compiled program.
+        available: bytes of the device's memory that there are, where not the device is to say so.
     """
 
-    def __init__(self, network: Network, method: DecodeMethod = "auto"):
+    def __init__(self, network: Network, method: DecodeMethod = "auto", available: int | None = None):
         self.network = network
         self.method = method
+        self._available = available
+        self._size = jnp.dtype(network.dtype).itemsize
         self._decode = jax.jit(lambda params, latents: to_uint8(self._merge(params).decode(latents)))
+        self._decode_stream = jax.jit(self._in_pieces(to_uint8))
+        self._decode_tile = jax.jit(self._in_pieces(lambda video: video))
         self._decode_chunk = jax.jit(self._chunk(to_uint8), donate_argnums=(2,))
         self._decode_chunk_float = jax.jit(self._chunk(lambda video: video), donate_argnums=(2,))
         self._latent_frame = jax.jit(lambda latents, i: jax.lax.dynamic_slice_in_dim(latents, i, 1, axis=1))
@@ -38,25 +45,26 @@ class VaeRunner:
         self._encode_chunk = jax.jit(
             lambda params, video, cache: self._merge(params).encode_chunk(video, cache), donate_argnums=(2,)
         )
+        self._join = jax.jit(lambda pieces: jnp.concatenate(pieces, axis=1))
 
     def decode(self, latents: Float[Array, "1 f h w c"]) -> UInt8[np.ndarray, "F H W 3"]:
         """Latents -> frames."""
-        method = self.method
-        if method == "auto":
-            method = memory.decode_method(self.network.config, latents.shape[1:4], memory.device_bytes_free())
+        method = self.decode_method(latents.shape[1:4])
         params = self.network.load()
-        if method == "whole":
-            return np.asarray(self._decode(params, latents))[0]
-        if method == "stream":
-            pieces = decode_in_chunks(lambda z, cache: self._decode_chunk(params, z, cache), latents)  # type: ignore[arg-type]
-            return np.concatenate(list(pieces), axis=1)[0]
+        if method == "tiled":
 
-        def decode_tile(tile: Any) -> np.ndarray:
-            pieces = decode_in_chunks(lambda z, cache: self._decode_chunk_float(params, z, cache), tile)
-            return np.concatenate(list(pieces), axis=1)
+            def decode_tile(tile: np.ndarray) -> np.ndarray:
+                return np.asarray(self._decode_tile(params, tile))
 
-        video = decode_tiled(decode_tile, np.asarray(latents), stride=self.network.config.spatial_stride)
-        return to_uint8(video)[0]
+            stride = self.network.config.spatial_stride
+            return to_uint8(decode_tiled(decode_tile, np.asarray(latents), stride=stride))[0]
+        return np.asarray((self._decode if method == "whole" else self._decode_stream)(params, latents))[0]
+
+    def decode_method(self, latents: Sequence[int]) -> str:
+        """How latents of (frames, height, width) are decoded."""
+        if self.method != "auto":
+            return self.method
+        return vae_memory.decode_method(self.network.config, latents, self._free(), self._size)
 
     def encode(self, video: Float[Array | np.ndarray, "1 F H W 3"]) -> Float[Array, "1 f h w c"]:
         """Video in [-1, 1] -> normalised latents. A NumPy video goes to the device in the pieces that are encoded."""
@@ -64,23 +72,87 @@ class VaeRunner:
         stride = config.temporal_stride
         _, frames, height, width, _ = video.shape
         latents_size = ((frames - 1) // stride + 1, height // config.spatial_stride, width // config.spatial_stride)
-        if memory.encode_method(config, latents_size) == "whole":
+        if vae_memory.encode_method(config, latents_size, self._size) == "whole":
             return self._encode(params, video)
         first, cache = self._encode_chunk(params, video[:, :1], None)
         pieces = [first]
         for start in range(1, video.shape[1], stride):
             latents, cache = self._encode_chunk(params, video[:, start : start + stride], cache)
             pieces.append(latents)
-        return jnp.concatenate(pieces, axis=1)
+        return self._join(pieces)
+
+    def still(self, params: functional.Params, picture: Float[Array, "1 1 H W 3"], frames: int) -> Array:
+        """Latents of a video that is a picture and then `frames` - 1 grey (zero) frames. To be called within a program.
+
+        The grey frames exist only in the pieces in which they are encoded.
+        """
+        vae, stride = self._merge(params), self.network.config.temporal_stride
+        first, cache = vae.encode_chunk(picture)
+        if frames == 1:
+            return first
+        grey = jnp.zeros((1, stride, *picture.shape[2:]), picture.dtype)
+
+        def encode(cache: Any, _: None) -> tuple[Any, Array]:
+            latents, cache = vae.encode_chunk(grey, cache)
+            return cache, latents
+
+        _, rest = jax.lax.scan(encode, cache, None, length=(frames - 1) // stride)
+        return jnp.concatenate([first, _joined(rest)], axis=1)
 
     def stream(self, latent_size: tuple[int, int]) -> "StreamDecoder":
         """A decoder for latents of so many rows and columns that come bit by bit. "whole" is then "stream"."""
-        config, free = self.network.config, memory.device_bytes_free()
-        lacking = free is not None and memory.decode_bytes(config, (2, *latent_size), "stream") > free
-        return StreamDecoder(self, tiled=self.method == "tiled" or (self.method == "auto" and lacking))
+        return StreamDecoder(self, tiled=self._streams_tiled(latent_size))
+
+    def programs(self, latents: tuple[int, ...]) -> Iterator[Program]:
+        """What `decode` compiles for latents of a shape [1, f, h, w, C]."""
+        method = self.decode_method(latents[1:4])
+        if method == "tiled":
+            latents = (*latents[:2], min(latents[2], TILE), min(latents[3], TILE), latents[4])
+        function = {"whole": self._decode, "stream": self._decode_stream, "tiled": self._decode_tile}[method]
+        yield Program(f"VAE decoder, {method}", function, (self.network.shapes, _float32(latents)))
+
+    def stream_programs(self, latents: tuple[int, ...]) -> Iterator[Program]:
+        """What `StreamDecoder` compiles for blocks of latents of shapes [1, f, h, w, C]."""
+        params, tiled = self.network.shapes, self._streams_tiled(latents[2:4])
+        frame = (1, 1, *latents[2:])
+        if tiled:
+            frame = (1, 1, min(latents[2], TILE), min(latents[3], TILE), latents[4])
+        decode = self._decode_chunk_float if tiled else self._decode_chunk
+        _, cache = jax.eval_shape(decode, params, _float32(frame), None)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        yield Program("latent frame", self._latent_frame, (_float32(latents), number))
+        yield Program("VAE decoder, first frame", decode, (params, _float32(frame), None))
+        yield Program("VAE decoder, later frames", decode, (params, _float32(frame), cache))
+
+    def _streams_tiled(self, latent_size: Sequence[int]) -> bool:
+        free = self._free()
+        needed = vae_memory.decode_bytes(self.network.config, (2, *latent_size), "stream", self._size)
+        return self.method == "tiled" or (self.method == "auto" and free is not None and needed > free)
+
+    def _free(self) -> int | None:
+        free = memory.device_bytes_free()
+        return free if self._available is None or (free is not None and free < self._available) else self._available
 
     def _merge(self, params: functional.Params) -> Any:
         return functional.merge(self.network.graphdef, params)
+
+    def _in_pieces(self, finish: Callable[[Array], Array]) -> Callable[..., Array]:
+        """One program for any number of latent frames: the first alone, then one after the other."""
+
+        def decode(params: functional.Params, latents: Array) -> Array:
+            vae = self._merge(params)
+            first, cache = vae.decode_chunk(latents[:, :1])
+            if latents.shape[1] == 1:
+                return finish(first)
+
+            def decode_frame(cache: Any, frame: Array) -> tuple[Any, Array]:
+                video, cache = vae.decode_chunk(frame[:, None], cache)
+                return cache, finish(video)
+
+            _, rest = jax.lax.scan(decode_frame, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
+            return jnp.concatenate([finish(first), _joined(rest)], axis=1)
+
+        return decode
 
     def _chunk(self, finish: Callable[[Array], Array]) -> Callable[..., tuple[Array, Any]]:
         def decode_chunk(params: functional.Params, latents: Array, cache: Any) -> tuple[Array, Any]:
@@ -128,3 +200,13 @@ class StreamDecoder:
         frames = to_uint8(decode_tiled(decode_tile, np.asarray(latents), stride=stride))
         self._caches = after
         return frames
+
+
+def _joined(pieces: Float[Array, "n 1 f h w c"]) -> Float[Array, "1 m h w c"]:
+    """What a scan stacked, one after the other in time."""
+    count, batch, frames, *size = pieces.shape
+    return jnp.moveaxis(pieces, 0, 1).reshape(batch, count * frames, *size)
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -3,7 +3,8 @@
 The image (`--config.image=FILE`) is the first frame, and gives the video its shape. Make the checkpoint with
 `python -m convert wan SOURCE checkpoints/wan_i2v_14b_480p_distill --variant distill`.
 
-Hardware: one GPU with 80 GB (the weights are 32.8 GB in bfloat16).
+Hardware: one GPU with 80 GB (the weights are 32.8 GB in bfloat16); with
+8-bit weights one with 24 GB, or 16 GB with offload="blocks": docs/small_gpus.md.
 Time: not measured at full size.
 Result: one network pass a step, 4 in all; a video of 5 seconds at 16 frames a second.
 """

@@ -3,7 +3,8 @@
 Make the checkpoint with `python -m convert wan SOURCE checkpoints/wan_t2v_14b_distill --variant distill`, where SOURCE
 is a folder that holds distill_models/.
 
-Hardware: one GPU with 80 GB (the weights are 28.6 GB in bfloat16, the text encoder 11.4 GB before they are loaded).
+Hardware: one GPU with 80 GB (the weights are 28.6 GB in bfloat16, the text encoder 11.4 GB before they are loaded);
+with 8-bit weights one with 24 GB, or 16 GB with offload="blocks": docs/small_gpus.md.
 Time: not measured at full size.
 Result: one network pass a step, 4 in all; a video of 5 seconds at 16 frames a second.
 """

@@ -11,7 +11,6 @@ import pytest
 from x2v_jax.diffusion.image_condition import (
     clip_pixels,
     condition_mask,
-    condition_video,
     image_condition,
     latent_size,
     pin_first_frame,
@@ -154,14 +153,6 @@ def test_clip_pixels_of_another_size():
     assert clip_pixels(_picture(20, 30), 56).shape == (56, 56, 3)
 
 
-def test_the_condition_video_is_the_picture_then_grey():
-    picture = _picture(10, 14)
-    video = condition_video(picture, 16, 24, 5)
-    assert video.shape == (5, 16, 24, 3) and video.dtype == jnp.float32
-    np.testing.assert_array_equal(video[0], resize_bicubic(picture, 16, 24))
-    assert not video[1:].any()
-
-
 def test_the_mask_marks_the_first_latent_frame():
     mask = condition_mask(3, 4, 6)
     assert mask.shape == (3, 4, 6, 4)
@@ -178,35 +169,28 @@ def test_the_mask_is_the_published_one_of_pixel_frames():
     np.testing.assert_array_equal(condition_mask(3, height, width), published)
 
 
-def _fake_encode(video):
-    """[1, F, H, W, 3] -> [1, f, H/8, W/8, 16] with the pixels' means, causal: frame 0 stands alone."""
-    batch, frames, height, width, _ = video.shape
-    means = video.reshape(batch, frames, height // 8, 8, width // 8, 8, 3).mean((3, 5))
-    latents = jnp.concatenate([means[:, :1], means[:, 1:].reshape(batch, -1, 4, *means.shape[2:]).mean(2)], axis=1)
-    return jnp.tile(latents, 6)[..., :16]
+def _latents(frames: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (frames, 4, 2, 16))
 
 
 def test_the_condition_is_mask_then_latents():
-    picture = _picture(40, 30)
-    condition = image_condition(_fake_encode, picture, height=32, width=16, num_frames=9)
+    latents = _latents(3)
+    condition = image_condition(latents)
     assert condition.shape == (3, 4, 2, 20) and condition.dtype == jnp.float32
     np.testing.assert_array_equal(condition[..., :4], condition_mask(3, 4, 2))
-    np.testing.assert_array_equal(condition[..., 4:], _fake_encode(condition_video(picture, 32, 16, 9)[None])[0])
+    np.testing.assert_array_equal(condition[..., 4:], latents)
+    batch = image_condition(jnp.stack([latents, -latents]).astype(jnp.bfloat16))
+    assert batch.shape == (2, 3, 4, 2, 20) and batch.dtype == jnp.float32
+    np.testing.assert_array_equal(batch[1, ..., :4], condition[..., :4])
 
 
 def test_the_condition_of_a_single_frame():
-    assert image_condition(_fake_encode, _picture(8, 8), height=16, width=16, num_frames=1).shape == (1, 2, 2, 20)
-
-
-@pytest.mark.parametrize(("num_frames", "nearest"), [(0, 1), (2, 1), (80, 81), (82, 81), (-3, 1)])
-def test_another_number_of_frames_is_refused_with_the_nearest(num_frames, nearest):
-    with pytest.raises(UserError, match=rf"num_frames is {num_frames};.*4n \+ 1 frames: ask for {nearest}$"):
-        image_condition(_fake_encode, _picture(8, 8), height=16, width=16, num_frames=num_frames)
+    assert image_condition(_latents(1), temporal_stride=2).shape == (1, 4, 2, 18)
 
 
 def test_pinning_replaces_the_first_latent_frame_and_no_other():
-    latents = jax.random.normal(jax.random.key(0), (3, 2, 2, 16))
-    condition = image_condition(_fake_encode, _picture(8, 8), height=16, width=16, num_frames=9)
+    latents = jax.random.normal(jax.random.key(0), (3, 4, 2, 16))
+    condition = image_condition(_latents(3))
     pinned = pin_first_frame(latents, condition)
     np.testing.assert_array_equal(pinned[0], condition[0, ..., 4:])
     np.testing.assert_array_equal(pinned[1:], latents[1:])

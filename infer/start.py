@@ -1,0 +1,60 @@
+"""From checked settings to a pipeline: the first that imports jax."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from infer.settings import Settings, options
+
+if TYPE_CHECKING:
+    from x2v_jax.pipeline import Pipeline
+
+
+def pipeline(work: Settings) -> "Pipeline":
+    """The pipeline that the settings describe, with jax and its compilation cache set up.
+
+    Raises:
+        UserError: the device cannot run what they name.
+    """
+    _set_up_jax(work.config.compilation_cache)
+    from x2v_jax.pipeline import Pipeline
+
+    return Pipeline(work.checkpoint, loras=work.loras, **options(work.config))
+
+
+def _set_up_jax(cache: str) -> None:
+    # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        from x2v_jax.compiled_programs import use_cache
+
+        use_cache(cache)
+
+
+def announce(pipeline: "Pipeline", work: Settings) -> None:
+    """Says what will be made, and warns where memory may not suffice.
+
+    Raises:
+        UserError: see `Pipeline.check_memory`.
+    """
+    import jax
+
+    request = work.jobs[0].request
+    plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
+    frames = "endless" if request.num_frames is None else f"{request.num_frames} frames of"
+    if work.checkpoint.schedule.causal is None:
+        how = f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}"
+    else:
+        how = (
+            f"{request.num_inference_steps} steps for each block of {request.num_frame_per_block} latent frames, "
+            f"{request.rollout_mode} window of {request.rollout_window}"
+        )
+    on_host = f" and {plan.host / 1e9:.1f} GB of the host's" if plan.host else ""
+    print(
+        f"{work.checkpoint.path} ({work.checkpoint.task} {work.checkpoint.variant}) on {jax.devices()[0].device_kind}: "
+        f"{frames} {height}x{width}, {how}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory{on_host}",
+        file=sys.stderr,
+    )
+    if pipeline.lora_report is not None:
+        print(pipeline.lora_report, file=sys.stderr)
+    pipeline.check_memory(request)

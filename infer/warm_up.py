@@ -1,0 +1,105 @@
+"""`python -m infer --warmup`: compiles what the videos need and makes none. And the file of compiled programs."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from infer import start
+from infer.interrupts import Interrupts
+from infer.settings import Settings, options
+from x2v_jax.request import Request
+
+if TYPE_CHECKING:
+    from x2v_jax.pipeline import Pipeline
+
+# Fields of a request that no program depends on.
+_NOT_COMPILED = {
+    "prompt": "", "negative_prompt": None, "image": None, "seed": 0, "fps": None, "save_latents": None, "seconds": None,
+    "prompt_schedule": (), "initial_noise": None, "text_embeddings": None, "continue_from": None,
+}  # fmt: skip
+
+
+def run(work: Settings, interrupts: Interrupts) -> None:
+    """Compiles the programs of all videos of the settings into jax's cache and into config.compiled_programs.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    begin = time.perf_counter()
+    pipeline = start.pipeline(work)
+    import jax
+
+    from x2v_jax import compiled_programs
+
+    usual, file = jax.config.jax_compilation_cache_dir, work.config.compiled_programs
+    folder = compiled_programs.fresh_cache() if file else None
+    count = 0
+    for request in _different(pipeline, work):
+        for name, seconds in pipeline.warm_up(request, watched=_is_watched(work), on_start=_show):
+            count += 1
+            print(f"{_clear()}{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    if file and folder:
+        total = compiled_programs.save(file, folder, compiled_programs.identity(_config(pipeline, work)))
+        megabytes = pathlib.Path(file).expanduser().stat().st_size / 1e6
+        print(f"{file}: {total} programs, {megabytes:.1f} MB", flush=True)
+        for entry in folder.iterdir() if usual else ():
+            shutil.copy(entry, usual)
+    where = f"; they are in {usual}" if usual else ""
+    print(f"{count} programs compiled in {time.perf_counter() - begin:.1f} s{where}", file=sys.stderr)
+
+
+def take_programs(pipeline: "Pipeline", work: Settings) -> None:
+    """Puts the programs of config.compiled_programs where jax finds them; warns where they are for something else."""
+    if not work.config.compiled_programs:
+        return
+    import jax
+
+    from x2v_jax import compiled_programs
+
+    usual = jax.config.jax_compilation_cache_dir
+    folder = pathlib.Path(usual) if usual else compiled_programs.fresh_cache()
+    wanted = compiled_programs.identity(_config(pipeline, work))
+    compiled_programs.install(work.config.compiled_programs, folder, wanted)
+
+
+def _different(pipeline: "Pipeline", work: Settings) -> list[Request]:
+    """One request of each kind that has programs of its own."""
+    kinds: dict[Any, Request] = {}
+    for job in work.jobs:
+        plain = dataclasses.replace(job.request, **_NOT_COMPILED)
+        kinds.setdefault((plain, pipeline.output_size(job.request)), job.request)
+    return list(kinds.values())
+
+
+def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
+    """What decides which programs a run has, of its first video."""
+    request, checkpoint = work.jobs[0].request, work.checkpoint
+    known = {name: checkpoint.model.get(name) for name in ("task", "quantization")}
+    for name in checkpoint.components:
+        if name != "tokenizer":
+            known[name] = dataclasses.asdict(checkpoint.config(name))
+    frames, height, width = pipeline.output_size(request)
+    own = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPILED}
+    own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}
+    own["network"] = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    run = options(work.config) | {"allow_mismatch": None, "memory_limit": None}
+    return own | run | {"progress": _is_watched(work)}
+
+
+def _is_watched(work: Settings) -> bool:
+    return bool(work.config.progress)
+
+
+def _show(name: str) -> None:
+    if sys.stderr.isatty():
+        print(f"{_clear()}compiling: {name} …", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> str:
+    """What takes the progress line away."""
+    return "\r\033[K" if sys.stderr.isatty() else ""

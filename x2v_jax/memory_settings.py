@@ -1,0 +1,95 @@
+"""The memory of one request, and the settings with which it would be less. No jax import."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from x2v_jax import memory, memory_advice
+from x2v_jax.block_inputs import block_sizes
+from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.memory_advice import Change
+from x2v_jax.request import Request
+from x2v_jax.run_options import RunOptions
+
+# Latent rows and columns that every Wan2.1 model makes: 480 x 832 pixels.
+_SMALL = (60, 104)
+_SHORT = 5  # latent frames: 17 frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a resolved request takes of the device.
+
+    latents: frames, height and width.
+    on_cpu, available: see `memory.plan`.
+    """
+
+    checkpoint: NativeCheckpoint
+    configs: Mapping[str, Any]
+    latents: tuple[int, int, int]
+    request: Request
+    options: RunOptions
+    on_cpu: bool = False
+    available: int | None = None
+
+    def plan(self, **changes: Any) -> memory.MemoryPlan:
+        """The prediction, with some arguments of `memory.plan` replaced."""
+        options = self.options
+        arguments: dict[str, Any] = {
+            "latents": self.latents,
+            "guided": self.request.is_guided,
+            "dtype": options.dtype,
+            "vae_dtype": options.vae_dtype,
+            "keep_encoders": options.keep_encoders,
+            "sequential_guidance": options.sequential_guidance,
+            "vae_decode": options.vae_decode,
+            "offload": options.offload,
+            "with_text_encoder": self.request.text_embeddings is None,
+            "on_cpu": self.on_cpu,
+            "available": self.available,
+            "blocks": self._blocks(),
+        }
+        return memory.plan(self.checkpoint, self.configs, **(arguments | changes))
+
+    def explain(self, limit: int | None) -> str:
+        """A sentence about the need and what would fit into `limit` bytes; see `memory_advice.explain`."""
+        return memory_advice.explain(self.plan(), limit, self.changes(), self.plan)
+
+    def changes(self) -> list[Change]:
+        """What a user could change, the least harmful first."""
+        options, blocks, found = self.options, self._blocks(), []
+        if options.keep_encoders:
+            found.append(Change("set keep_encoders to false", {"keep_encoders": False}))
+        if options.vae_decode != "tiled":
+            found.append(Change("set vae_decode to 'tiled'", {"vae_decode": "tiled"}))
+        if self.request.is_guided and not options.sequential_guidance:
+            found.append(Change("set sequential_guidance to true", {"sequential_guidance": True}))
+        if blocks is not None and not blocks.kv_cache.startswith("int8"):
+            found.append(Change("set kv_cache to 'int8'", {"blocks": dataclasses.replace(blocks, kv_cache="int8")}))
+        floats = [name for name in self.configs if name != "vae" and not self.checkpoint.quantization(name)]
+        if "transformer" in floats:
+            words = "use a checkpoint with 8-bit weights (`python -m convert wan … --quantize int8`)"
+            found.append(Change(words, {"quantized": ["transformer"]}))
+        if "text_encoder" in floats and self.request.text_embeddings is None:
+            words = "bring the text encoder to 8 bits too (`--quantize-component text_encoder`)"
+            found.append(Change(words, {"quantized": floats}))
+        if options.offload == "none":
+            found.append(Change("set offload to 'blocks'", {"offload": "blocks"}))
+        if options.dtype == "float32":
+            found.append(Change("set dtype to 'bfloat16'", {"dtype": "bfloat16"}))
+        frames, height, width = self.latents
+        stride = self.configs["vae"].spatial_stride
+        small = (min(height, max(_SMALL)), min(width, min(_SMALL)))
+        if width >= height:
+            small = (min(height, min(_SMALL)), min(width, max(_SMALL)))
+        if small != (height, width):
+            words = f"ask for {small[0] * stride} x {small[1] * stride} pixels"
+            found.append(Change(words, {"latents": (frames, *small)}))
+        if blocks is None and frames > _SHORT:
+            fewer = max(_SHORT, frames // 2)
+            count = (fewer - 1) * self.configs["vae"].temporal_stride + 1
+            found.append(Change(f"ask for {count} frames", {"latents": (fewer, height, width)}))
+        return found
+
+    def _blocks(self) -> memory.BlockSizes | None:
+        return block_sizes(self.request, self.checkpoint.schedule.causal, self.options.dtype)

@@ -1,0 +1,117 @@
+"""How a pipeline runs, apart from what a request asks for. Checked without jax."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from x2v_jax import memory, vae_memory
+from x2v_jax.errors import UserError
+from x2v_jax.ops.choice import CHOICES, OpChoice
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": memory.DTYPES,
+    "vae_dtype": memory.DTYPES,
+    "vae_decode": vae_memory.DECODE_METHODS,
+    "offload": memory.OFFLOADS,
+    **CHOICES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The options of `Pipeline`.
+
+    dtype: "bfloat16" (matmuls and weights; the rest is float32) or "float32" (everything, highest precision).
+    vae_dtype: of the VAE's convolutions and weights.
+    vae_decode: "auto", "whole", "stream" or "tiled"; see `vae_runner.VaeRunner`.
+    keep_encoders: leave text and image encoders on the device while denoising.
+    sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
+    offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device
+        while the one before it is at work.
+    memory_limit: GB (10^9 bytes) of the device's memory that a video may take by prediction; None: no limit. A request
+        that needs more is refused.
+    attention, attention_precision, linear, linear_activations: see `ops.choice.OpChoice`.
+    allow_mismatch: accept requests that contradict the checkpoint's schedule.
+
+    Raises:
+        UserError: an option has a value that it cannot have.
+    """
+
+    dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
+    vae_decode: str = "auto"
+    keep_encoders: bool = False
+    sequential_guidance: bool = False
+    offload: str = "none"
+    memory_limit: float | None = None
+    attention: str = "auto"
+    attention_precision: str = "full"
+    linear: str = "auto"
+    linear_activations: str = "8bit"
+    allow_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if found := problems(dataclasses.asdict(self)):
+            raise UserError("; ".join(found))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Options by name; types may be given as types, such as jnp.bfloat16.
+
+        Raises:
+            UserError: an unknown option, with the nearest known one, or a value that it cannot have.
+        """
+        known = cls.names()
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+                raise UserError(f"unknown option {name!r}; {hint}")
+        return cls(**{name: _name(value) if name.endswith("dtype") else value for name, value in values.items()})
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @property
+    def ops(self) -> OpChoice:
+        return OpChoice(**{name: getattr(self, name) for name in CHOICES})
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        return None if self.memory_limit is None else int(self.memory_limit * 1e9)
+
+
+def problems(values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each option whose value it cannot have."""
+    found = []
+    for name, known in _CHOICES.items():
+        if name in values and values[name] not in known:
+            either = f"give {' or '.join(known)}" if len(known) == 2 else f"give one of {', '.join(known)}"
+            found.append(f"{name} is {values[name]!r}; {either}")
+    limit = values.get("memory_limit")
+    if limit is not None and not (_is_number(limit) and 0 < limit < math.inf):
+        found.append(f"memory_limit is {limit!r}; give the GB that a video may take, such as 24")
+    if values.get("attention") == "cudnn" and values.get("attention_precision", "full") != "full":
+        found.append(
+            f"attention_precision is {values['attention_precision']!r}, which attention 'cudnn' does not have; set "
+            "attention to 'auto' or attention_precision to 'full'"
+        )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(dtype: Any) -> Any:
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return dtype
