@@ -14,17 +14,15 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import json
-import os
 import pathlib
 import sys
 import time
 from typing import Any
 
+from benchmarks import aot_compiler
+
 DEFAULT_OUTPUT = pathlib.Path(__file__).parent / "results" / "aot_memory.json"
-_TARGET = pathlib.Path(__file__).parent / "targets" / "h200.txtpb"
-_PLUGIN = "jax_plugins.xla_cuda13"
 _LARGEST = 6
 
 
@@ -55,12 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=pathlib.Path, help="folder that jax's two CUDA wheels are unpacked in")
     parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT)
     options = parser.parse_args(arguments)
-    if not _prepare(options.wheels):
-        print(
-            "There is no CUDA compiler for jax here. Install jax-cuda13-plugin and jax-cuda13-pjrt, of jax's version, "
-            "into a folder with pip's --target and name it with --wheels; no GPU is needed.",
-            file=sys.stderr,
-        )
+    if not aot_compiler.prepare(options.wheels):
+        print(aot_compiler.MISSING, file=sys.stderr)
         return 1
     rows = []
     for case in CASES:
@@ -73,30 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _prepare(wheels: pathlib.Path | None) -> bool:
-    """Before jax is imported: it looks for its plugins then."""
-    if wheels is not None:
-        sys.path.insert(0, str(wheels))
-    try:
-        found = importlib.util.find_spec(_PLUGIN) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        return False
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # There is nothing to time kernels on.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
-    return True
-
-
 def measure(case: Case) -> dict[str, Any]:
     """One row of the table. All sizes are bytes."""
     from benchmarks.aot_program import arrays_of, compile_block
     from benchmarks.hlo import arrays_made
 
     start = time.perf_counter()
-    compiled, cache = compile_block(case, _TARGET.read_text())
+    compiled, cache = compile_block(case, aot_compiler.TARGET.read_text())
     seconds = time.perf_counter() - start
     memory, leaves = compiled.memory_analysis(), arrays_of(cache)
     shapes, rows = {x.shape for x in leaves}, cache.layout.rows
@@ -122,7 +99,7 @@ def measure(case: Case) -> dict[str, Any]:
 def _activations(model: str) -> int:
     from benchmarks.aot_program import compile_block, without_attention
 
-    compiled, _ = compile_block(Case(model=model), _TARGET.read_text(), without_attention)
+    compiled, _ = compile_block(Case(model=model), aot_compiler.TARGET.read_text(), without_attention)
     return compiled.memory_analysis().temp_size_in_bytes
 
 
