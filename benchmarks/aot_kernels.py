@@ -20,7 +20,7 @@ from benchmarks import aot_compare, aot_compiler
 from benchmarks.gpu import shapes
 
 TABLE = pathlib.Path(__file__).parent / "results" / "aot_kernels.json"
-PRECISIONS = ("full", "int8", "e4m3", "e4m3_all")
+PRECISIONS = ("full", "int8", "e4m3", "int8_e4m3", "e4m3_all")
 DTYPES = ("int8", "float8_e4m3fn")
 
 

@@ -44,7 +44,7 @@ class _Unused(KVCache):
     def write(self, layer: Any, keys: Any, values: Any, start_frame: Any) -> Self:
         return self
 
-    def attend(self, layer: Any, q: Any, end_frame: Any) -> Any:
+    def attend(self, layer: Any, q: Any, end_frame: Any, **how: Any) -> Any:
         return q
 
 

@@ -24,7 +24,7 @@ LINEAR: dict[str, tuple[str, Activations]] = {
     "fp8, weights only": ("float8_e4m3fn", "16bit"),
 }
 # name -> precision of `attention`
-ATTENTION = {"bfloat16": "full", "int8": "int8", "e4m3": "e4m3", "e4m3_all": "e4m3_all"}
+ATTENTION = {"bfloat16": "full", "int8": "int8", "e4m3": "e4m3", "int8_e4m3": "int8_e4m3", "e4m3_all": "e4m3_all"}
 RECORDED = "recorded"
 _ROWS, _INPUTS, _OUTPUTS = 256, 1536, 1536
 _TOKENS, _HEADS, _HEAD_DIM = 512, 2, 128

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Variant] = {
     "int8, weights only": Variant(quantization="int8", ops=OpChoice(linear_activations="16bit")),
     "attention int8": Variant(ops=OpChoice(attention_precision="int8")),
     "attention e4m3": Variant(ops=OpChoice(attention_precision="e4m3")),
+    "attention int8_e4m3": Variant(ops=OpChoice(attention_precision="int8_e4m3")),
     "attention e4m3_all": Variant(ops=OpChoice(attention_precision="e4m3_all")),
     "int8, W8A8, attention int8": Variant(quantization="int8", ops=OpChoice(attention_precision="int8")),
     "fp8, W8A8, attention e4m3_all": Variant(

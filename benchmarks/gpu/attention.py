@@ -16,13 +16,21 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.shapes import AttentionShape
 from benchmarks.gpu.timing import timed
 from x2v_jax.ops.attention import attention
+from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES
 
-KINDS = (("cudnn", "full"), ("hopper", "full"), ("hopper", "int8"), ("hopper", "e4m3"), ("hopper", "e4m3_all"))
+KINDS = (
+    ("cudnn", "full"),
+    ("hopper", "full"),
+    ("hopper", "int8"),
+    ("hopper", "e4m3"),
+    ("hopper", "int8_e4m3"),
+    ("hopper", "e4m3_all"),
+)
 _TINY_KINDS = (("reference", "full"), ("reference", "e4m3_all"))
 # The kernel rounds probabilities against the largest so far of a row, the simulation against the largest of all.
-_MOST = {"full": ROUNDING, "int8": ROUNDING, "e4m3": ROUNDING, "e4m3_all": 0.05}
+_MOST = {"full": ROUNDING, "int8": ROUNDING, "e4m3": ROUNDING, "int8_e4m3": 0.05, "e4m3_all": 0.05}
 # Against float32; more than this is a mistake and not a precision.
-_MOST_EXACT = {"full": 0.02, "int8": 0.06, "e4m3": 0.12, "e4m3_all": 0.15}
+_MOST_EXACT = {"full": 0.02, "int8": 0.06, "e4m3": 0.12, "int8_e4m3": 0.12, "e4m3_all": 0.15}
 _CHECKED_ROWS = 128
 _RAGGED_SHARE = 0.9
 
@@ -109,8 +117,10 @@ def _measure(
 
 def work_of(shape: AttentionShape, precision: str, flops: int) -> dict[str, float]:
     """Operations by dtype: half of them queries with keys, half probabilities with values; and bytes in and out."""
-    low = {"int8": "int8", "e4m3": "float8_e4m3fn", "e4m3_all": "float8_e4m3fn"}.get(precision, "bfloat16")
-    high = low if precision == "e4m3_all" else "bfloat16"
+    low = {"int8": "int8", "int8_e4m3": "int8", "e4m3": "float8_e4m3fn", "e4m3_all": "float8_e4m3fn"}.get(
+        precision, "bfloat16"
+    )
+    high = "float8_e4m3fn" if precision in EIGHT_BIT_VALUES else "bfloat16"
     work: dict[str, float] = {low: flops / 2}
     work[high] = work.get(high, 0) + flops / 2
     return work | {"bytes": 4 * (shape.queries + shape.keys) * shape.heads * shape.head_dim}

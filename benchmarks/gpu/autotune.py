@@ -71,12 +71,13 @@ def main(argv: list[str] | None = None) -> int:
 def attention_rows(settings: Settings) -> Iterator[Row]:
     """A row a candidate, and in full precision one of cuDNN."""
     from benchmarks.gpu.attention import attention_data
+    from x2v_jax.ops.attention.hopper_config import PRECISIONS
 
     by_name = {shape.name: shape for shape in (*shapes.SELF_ATTENTION, *shapes.CROSS_ATTENTION)}
     for kind, name in _CLASSES.items():
         shape, data = by_name[name], {}
         data.update(attention_data(settings, shape))
-        for precision in ("full", "int8", "e4m3", "e4m3_all"):
+        for precision in PRECISIONS:
             about = {"operation": "attention", "precision": precision, "class": kind}
             if precision == "full":
                 cudnn = functools.partial(_time_cudnn, settings, shape, data)
@@ -89,9 +90,9 @@ def attention_rows(settings: Settings) -> Iterator[Row]:
 
 def attention_candidates(precision: Any) -> list[Any]:
     """Configurations that fit a thread block's shared memory."""
-    from x2v_jax.ops.attention.hopper_config import HopperConfig, Probabilities
+    from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, HopperConfig, Probabilities
 
-    ways: tuple[Probabilities, ...] = ("registers", "shared") if precision == "e4m3_all" else ("registers",)
+    ways: tuple[Probabilities, ...] = ("registers", "shared") if precision in EIGHT_BIT_VALUES else ("registers",)
     found = []
     for block, stages, groups, turns, way in itertools.product((128, 64), (2, 3, 4), (2, 3), (True, False), ways):
         config = HopperConfig(block, stages, groups, turns, way)

@@ -125,7 +125,7 @@ def _low_attention(report: Report) -> str:
     found = []
     for case in ("14B 480P", "14B 720P"):
         base = _find(report, "attention", case=case, implementation="cudnn", precision="full").get("seconds")
-        for precision in ("int8", "e4m3", "e4m3_all"):
+        for precision in ("int8", "e4m3", "int8_e4m3", "e4m3_all"):
             row = _find(report, "attention", case=case, implementation="hopper", precision=precision)
             if row and base:
                 found.append(f"{case} {precision}: {base / row['seconds']:.2f} x, error {row['relative_error']}")

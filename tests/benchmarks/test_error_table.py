@@ -67,6 +67,7 @@ def test_errors_of_normal_numbers_are_those_of_the_bits():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 128, 1, 128)) for i in range(3))
     errors = {name: attention_error(name, q, k, v) for name in ATTENTION}
     assert errors["bfloat16"] < errors["int8"] < errors["e4m3"] < errors["e4m3_all"] < 0.1
+    assert errors["int8"] < errors["int8_e4m3"] < errors["e4m3_all"]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float8_e4m3fn"])

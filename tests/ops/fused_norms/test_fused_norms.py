@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_interpreter import interpreted, lower_for_cuda
 
-from tests.kernel_interpreter import interpreted, lower_for_cuda
 from x2v_jax.errors import UserError
 from x2v_jax.models.layers import normalize
 from x2v_jax.models.rope import apply_rope, rope_tables

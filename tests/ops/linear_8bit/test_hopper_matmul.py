@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_interpreter import interpreted, lower_for_cuda
 
-from tests.kernel_interpreter import interpreted, lower_for_cuda
 from x2v_jax.ops.linear_8bit import QuantizedRows, linear_8bit, quantize_rows, quantize_weight
 from x2v_jax.ops.linear_8bit.config import TABLE, WAN_MATRICES, MatmulConfig, config_for, takes
 from x2v_jax.ops.linear_8bit.hopper import matmul_hopper

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from x2v_jax.ops.linear_8bit.tuned import ROWS
+
 # H100 SXM and H200; used where a program is compiled for a GPU that is not there.
 _HOPPER_CORES = 132
 _MIN_ROWS = 128
@@ -72,7 +74,7 @@ TABLE: dict[tuple[int, int, str, str], MatmulConfig] = {
         ("residual", _RESIDUAL),
         ("token_gate", _RESIDUAL_TOKEN_GATE),
     )
-}
+} | {key: dataclasses.replace(MatmulConfig(**row), measured=True) for key, row in ROWS.items()}
 
 
 def config_for(n: int, k: int, dtype: DTypeLike, kind: str) -> MatmulConfig | None:
