@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks import aot_compare, aot_compiler
 from benchmarks.gpu import shapes
+from x2v_jax.ops.choice import CHOICES
 
 TABLE = pathlib.Path(__file__).parent / "results" / "aot_kernels.json"
-PRECISIONS = ("full", "int8", "e4m3", "int8_e4m3", "e4m3_all")
+PRECISIONS = CHOICES["attention_precision"]
 DTYPES = ("int8", "float8_e4m3fn")
 
 

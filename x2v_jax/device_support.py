@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Any
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import OpChoice
@@ -23,11 +22,10 @@ class Device:
 def first_device() -> Device:
     import jax
 
-    device: Any = jax.local_devices()[0]
-    found = str(getattr(device, "compute_capability", ""))
-    major, _, minor = found.partition(".")
-    is_cuda = device.platform == "gpu" and major.isdecimal() and minor.isdecimal()
-    return Device(device.device_kind, (int(major), int(minor)) if is_cuda else None)
+    from x2v_jax.ops.devices import compute_capability, cuda_device
+
+    cuda = cuda_device()
+    return Device(jax.local_devices()[0].device_kind, None if cuda is None else compute_capability(cuda))
 
 
 def supported(ops: OpChoice, quantizations: Collection[str], device: Device) -> OpChoice:

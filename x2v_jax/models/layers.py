@@ -102,7 +102,7 @@ class QuantizedLinear(nnx.Module):
 
     def prepare(self, x: Float[Array, "*b i"]) -> Float[Array, "*b i"] | QuantizedRows:
         """x rounded to 8 bits row by row, once for all layers that read it."""
-        return quantize_rows(x, self.weight.dtype) if self.takes_rows else x
+        return quantize_rows(x, self.weight.dtype, implementation=self.ops.linear) if self.takes_rows else x
 
     def modulate(
         self, x: Float[Array, "*b i"], shift: Array, scale: Array, eps: float

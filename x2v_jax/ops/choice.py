@@ -1,7 +1,7 @@
 """Who computes the large operations of the networks, and in which precision."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from x2v_jax.errors import UserError
 
@@ -12,10 +12,10 @@ LinearActivations = Literal["8bit", "16bit"]
 
 # Names are what the keys of configs and the flags of the command line take.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "attention": ("auto", "reference", "cudnn", "hopper"),
-    "attention_precision": ("full", "int8", "e4m3", "int8_e4m3", "e4m3_all"),
-    "linear": ("auto", "reference", "xla", "hopper"),
-    "linear_activations": ("8bit", "16bit"),
+    "attention": get_args(AttentionImplementation),
+    "attention_precision": get_args(AttentionPrecision),
+    "linear": get_args(LinearImplementation),
+    "linear_activations": get_args(LinearActivations),
 }
 
 

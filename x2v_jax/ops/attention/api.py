@@ -13,10 +13,10 @@ from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper import attention_hopper, takes_hopper
 from x2v_jax.ops.attention.hopper_config import PRECISIONS, HopperConfig, Precision, faster_than_cudnn
 from x2v_jax.ops.attention.reference import attention_reference
+from x2v_jax.ops.choice import CHOICES, AttentionImplementation
 from x2v_jax.ops.devices import cuda_device
 
-Implementation = Literal["auto", "reference", "cudnn", "hopper"]
-_IMPLEMENTATIONS = ("auto", "reference", "cudnn", "hopper")
+Implementation = AttentionImplementation
 
 
 @overload
@@ -142,7 +142,7 @@ def _prefers_hopper(q: Array, k: Array, with_log_sum_exp: bool) -> bool:
 
 def _check(implementation: str, precision: str, with_log_sum_exp: bool) -> None:
     for name, value, known in (
-        ("attention", implementation, _IMPLEMENTATIONS), ("attention_precision", precision, PRECISIONS),
+        ("attention", implementation, CHOICES["attention"]), ("attention_precision", precision, PRECISIONS),
     ):  # fmt: skip
         if value not in known:
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(known)}")

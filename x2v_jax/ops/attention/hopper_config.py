@@ -1,12 +1,13 @@
 """How the Hopper kernel is cut up: tile sizes, pipeline depth and who works, looked up by precision and shape."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from x2v_jax.ops.attention.hopper_table import ENTRIES
+from x2v_jax.ops.choice import AttentionPrecision
 
-Precision = Literal["full", "int8", "e4m3", "int8_e4m3", "e4m3_all"]
-PRECISIONS: tuple[Precision, ...] = ("full", "int8", "e4m3", "int8_e4m3", "e4m3_all")
+Precision = AttentionPrecision
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Those whose probabilities and values are e4m3 too.
 EIGHT_BIT_VALUES: tuple[Precision, ...] = ("int8_e4m3", "e4m3_all")
 # Where 8-bit probabilities go to be multiplied with values.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from x2v_jax.errors import UserError
+from x2v_jax.ops.choice import LinearActivations
 from x2v_jax.ops.linear_8bit.choose import Implementation, check_implementation, wants_hopper, xla_product
 from x2v_jax.ops.linear_8bit.quantize import QuantizedRows, name_of, quantize_rows_reference
 from x2v_jax.ops.linear_8bit.reference import Activation, epilogue, matmul_8bit, matmul_16bit
 
-Activations = Literal["8bit", "16bit"]
+Activations = LinearActivations
 
 
 def linear_8bit(

@@ -2,18 +2,19 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from x2v_jax.errors import UserError
+from x2v_jax.ops.choice import LinearImplementation
 from x2v_jax.ops.devices import compute_capability, cuda_device, is_hopper
 from x2v_jax.ops.linear_8bit.quantize import name_of
 from x2v_jax.ops.self_check import FastPath, works
 
-Implementation = Literal["auto", "reference", "xla", "hopper"]
+Implementation = LinearImplementation
 
 # The first compute capability whose tensor cores multiply the dtype.
 _FIRST_WITH = {"int8": (7, 5), "float8_e4m3fn": (8, 9)}
