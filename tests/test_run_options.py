@@ -80,11 +80,15 @@ def test_what_runs_is_left_alone():
 
 
 def test_slow_ways_are_taken_with_a_warning():
-    with pytest.warns(UserWarning, match="attention_precision is 'int8', which only Hopper GPUs compute"):
-        assert supported(OpChoice(attention_precision="int8"), (), ADA) == OpChoice(attention_precision="int8")
+    eight_bit = OpChoice(attention_precision="int8")
+    with pytest.warns(UserWarning, match="attention_precision is 'int8', which only Hopper GPUs compute.*imitated"):
+        assert supported(eight_bit, (), CPU) == eight_bit
+    with pytest.warns(UserWarning, match="attention_precision is 'int8'.*RTX 4090 of compute.*'full' is used"):
+        assert supported(eight_bit, (), ADA) == OpChoice()
     with pytest.warns(UserWarning, match="float8_e4m3fn.*A100.*16bit"):
         assert supported(OpChoice(), ("float8_e4m3fn",), AMPERE).linear_activations == "16bit"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert supported(OpChoice("reference", "e4m3"), (), ADA) == OpChoice("reference", "e4m3")
         for kinds, device in ((("float8_e4m3fn",), ADA), (("int8",), AMPERE), (("float8_e4m3fn",), CPU)):
             assert supported(OpChoice(), kinds, device) == OpChoice()

@@ -1,7 +1,8 @@
 """Noise to latents with a WanModel: guidance, both samplers, and two drivers of one step function.
 
-Without a callback the whole sampling is one compiled program (few steps unrolled, many scanned). With one, the same
-step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
+Without a callback the whole sampling is one compiled program, a scan over the steps: unrolled, the compiler would work
+as often on the same kernels as there are steps. With one, the same step is compiled alone and called in a loop, so that
+somebody can watch, preview and cancel between steps.
 
 Whether the latents are finite is worked out on the device beside each step, and read when the host waits anyway: after
 the whole program, or where the loop hands a step's latents out.
@@ -61,7 +62,7 @@ class Denoiser:
     def __init__(self, graphdef: nnx.GraphDef, *, sequential_guidance: bool = False):
         self._velocity = functools.partial(_velocity, graphdef, sequential_guidance)
         self._distill_step = jax.jit(self._distill_step_fn, donate_argnums=(2,))
-        self._distill_all = jax.jit(self._distill_all_fn, static_argnames="sigmas", donate_argnums=(2,))
+        self._distill_all = jax.jit(self._distill_all_fn, donate_argnums=(2,))
         self._unipc_start = jax.jit(unipc.init_state, donate_argnums=(0,))
         self._unipc_step = jax.jit(self._unipc_step_fn, donate_argnums=(2,))
         self._unipc_all = jax.jit(self._unipc_all_fn, donate_argnums=(2,))
@@ -92,8 +93,7 @@ class Denoiser:
             NotFinite: the latents are not, after some step.
         """
         if on_step is None:
-            static = tuple(float(s) for s in sigmas)
-            return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas=static))
+            return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas))
         latents, count = initial, len(sigmas)
         for i, sigma in enumerate(sigmas):
             # At the last step level 0 of no noise leaves x0 as it is, so that one program serves all steps.
@@ -151,8 +151,7 @@ class Denoiser:
             yield Program("first state", self._unipc_start, (initial,))
             yield Program("denoising step", self._unipc_step, (params, conditions, state, row))
         elif not watched:
-            static = {"sigmas": tuple(float(s) for s in schedule)}
-            yield Program("denoising", self._distill_all, (params, conditions, initial, key), static)
+            yield Program("denoising", self._distill_all, (params, conditions, initial, key, schedule))
         else:
             step = jax.ShapeDtypeStruct((), jnp.int32)
             yield Program("noise between steps", self._step_noise, (key, step), {"shape": shape})
@@ -170,15 +169,18 @@ class Denoiser:
         return latents, _is_finite(latents)
 
     def _distill_all_fn(
-        self, params: Any, conditions: Conditions, initial: Array, renoise: Any, *, sigmas: tuple[float, ...]
+        self, params: Any, conditions: Conditions, initial: Array, renoise: Any, sigmas: Array
     ) -> tuple[Array, Array]:
-        def renoise_fn(i: int) -> Array:
-            return noise.step_noise(renoise, i, initial.shape) if _is_key(renoise) else renoise[i][None]
+        def one(latents: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
+            i, sigma, following, *given = step
+            added = given[0][None] if given else noise.step_noise(renoise, i, initial.shape)
+            return self._distill_step_fn(params, conditions, latents, sigma, following, added)
 
-        velocity, finite = functools.partial(self._velocity, params, conditions), []
-        levels = np.asarray(sigmas, np.float32)
-        latents = step_distill.sample(velocity, initial, levels, renoise_fn, lambda _, x: finite.append(_is_finite(x)))
-        return latents, jnp.stack(finite)
+        # As in the loop: behind the last step, noise of level 0.
+        steps = (jnp.arange(len(sigmas)), sigmas, jnp.append(sigmas[1:], jnp.float32(0)))
+        if not _is_key(renoise):
+            steps = (*steps, jnp.concatenate([renoise, jnp.zeros_like(initial)]))
+        return jax.lax.scan(one, initial, steps)
 
     def _unipc_step_fn(
         self, params: Any, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients

@@ -50,11 +50,17 @@ def supported(ops: OpChoice, quantizations: Collection[str], device: Device) -> 
     if ops.attention == "cudnn" and device.capability is None:
         raise UserError(f"attention is 'cudnn', which needs an NVIDIA GPU, and {where}; set attention to 'auto'")
     if ops.attention_precision != "full" and not is_hopper and ops.attention != "reference":
-        warnings.warn(
-            f"attention_precision is {ops.attention_precision!r}, which only Hopper GPUs compute, and {where}: it is "
-            "imitated here, more slowly than 'full'",
-            stacklevel=3,
+        only_on_hopper = (
+            f"attention_precision is {ops.attention_precision!r}, which only Hopper GPUs compute, and {where}"
         )
+        if device.capability is None:
+            warnings.warn(f"{only_on_hopper}: it is imitated here, more slowly than 'full'", stacklevel=3)
+        else:
+            warnings.warn(
+                f"{only_on_hopper}: 'full' is used, which is faster here; to imitate it, set attention to 'reference'",
+                stacklevel=3,
+            )
+            ops = dataclasses.replace(ops, attention_precision="full")
     lacks_float8 = device.capability is not None and device.capability < _FLOAT8
     if "float8_e4m3fn" in quantizations and ops.linear_activations == "8bit" and lacks_float8:
         warnings.warn(

@@ -157,9 +157,9 @@ def linear_candidates(shape: LinearShape, dtype: str, kind: str) -> list[Any]:
     base = config_for(shape.n, shape.k, dtype, kind)
     assert base is not None, shape
     found = [base]
-    for tile_n, stages, snake in itertools.product((256, 128), (3, 4, 5), (4, 8, 16)):
+    for tile_n, stages, snake, cluster in itertools.product((256, 128), (3, 4, 5), (4, 8, 16), (2, 1)):
         if shape.n % tile_n == 0:
-            found.append(dataclasses.replace(base, tile_n=tile_n, stages=stages, snake=snake))
+            found.append(dataclasses.replace(base, tile_n=tile_n, stages=stages, snake=snake, cluster=cluster))
     found += [dataclasses.replace(base, epilogue_n=columns) for columns in (16, 32, 64)]
     return list(dict.fromkeys(dataclasses.replace(config, measured=True) for config in found))
 

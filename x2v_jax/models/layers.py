@@ -44,9 +44,9 @@ class Linear(nnx.Module):
         y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
-    def prepare(self, x: Float[Array, "*b i"]) -> Float[Array, "*b i"]:
-        """What several layers of one input can share of their work: nothing here; see `QuantizedLinear`."""
-        return x
+    def prepare(self, x: Float[Array, "*b i"], plus: Float[Array, "*b i"] | None = None) -> Float[Array, "*b i"]:
+        """The input x, or x + plus, with what several layers that read it can share of their work: nothing here."""
+        return x if plus is None else x + plus
 
     def modulate(self, x: Float[Array, "*b i"], shift: Array, scale: Array, eps: float) -> Float[Array, "*b i"]:
         """The input of this layer and those beside it: x normalised, times 1 + scale, plus shift."""
@@ -100,9 +100,13 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*b i"] | QuantizedRows) -> Float[Array, "*b o"]:
         return self._compute(x, out_dtype=self.dtype)
 
-    def prepare(self, x: Float[Array, "*b i"]) -> Float[Array, "*b i"] | QuantizedRows:
-        """x rounded to 8 bits row by row, once for all layers that read it."""
-        return quantize_rows(x, self.weight.dtype, implementation=self.ops.linear) if self.takes_rows else x
+    def prepare(
+        self, x: Float[Array, "*b i"], plus: Float[Array, "*b i"] | None = None
+    ) -> Float[Array, "*b i"] | QuantizedRows:
+        """x, or x + plus, rounded to 8 bits row by row, once for all layers that read it."""
+        if self.takes_rows:
+            return quantize_rows(x, self.weight.dtype, plus=plus, implementation=self.ops.linear)
+        return x if plus is None else x + plus
 
     def modulate(
         self, x: Float[Array, "*b i"], shift: Array, scale: Array, eps: float

@@ -79,7 +79,7 @@ class TestProof:
     def test_a_right_kernel_is_used_and_asked_once(self, monkeypatch):
         asked = []
 
-        def right(x, *rest, config, num_blocks):
+        def right(x, *rest, config, num_clusters):
             asked.append(config)
             return hopper.matmul_8bit(x, *rest)
 
@@ -89,7 +89,7 @@ class TestProof:
         assert len(asked) == 1
 
     def test_a_wrong_kernel_is_not_used_and_named_once(self, monkeypatch):
-        monkeypatch.setattr(hopper, "matmul_hopper", lambda *a, config, num_blocks: 1.02 * hopper.matmul_8bit(*a))
+        monkeypatch.setattr(hopper, "matmul_hopper", lambda *a, config, num_clusters: 1.02 * hopper.matmul_8bit(*a))
         with pytest.warns(
             RuntimeWarning, match="8-bit linear layer by 'hopper' in precision .int8 .*using XLA instead"
         ):
@@ -97,6 +97,15 @@ class TestProof:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert hopper.matmul_hopper_config(*self.arguments()) is None
+
+    def test_where_blocks_cannot_share_loads_each_loads_for_itself(self, monkeypatch):
+        def wrong_in_clusters(*arguments, config, num_clusters):
+            return config.cluster * hopper.matmul_8bit(*arguments)
+
+        monkeypatch.setattr(hopper, "matmul_hopper", wrong_in_clusters)
+        with pytest.warns(RuntimeWarning, match="clusters of 2.* relative error of 1, .*: using one block a cluster"):
+            config = hopper.matmul_hopper_config(*self.arguments())
+        assert config is not None and config.cluster == 1
 
     def test_a_kernel_that_does_not_run_is_not_used(self, monkeypatch):
         def broken(x, dtype):

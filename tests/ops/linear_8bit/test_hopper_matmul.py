@@ -1,5 +1,7 @@
 """The Hopper kernels of 8-bit layers: interpreted against exact sums, and lowered for CUDA at the sizes of Wan2.1."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def truth(x, weight, scale, bias, gate, residual, gelu):
     return y if residual is None else y + np.asarray(residual, np.float64)
 
 
-# Rows: within a warpgroup's part of a tile, to its end, into the second part, and not a multiple of eight.
+# Rows: within a warpgroup's part of a tile, to its end, into the second part, and not a multiple of eight; one and two
+# blocks of a cluster have some.
 @pytest.mark.parametrize(
     ("dtype", "m", "config", "epilogue", "gelu"),
     [
@@ -52,6 +55,7 @@ def truth(x, weight, scale, bias, gate, residual, gelu):
         ("int8", 257, SMALL, {"bias": True}, True),
         ("float8_e4m3fn", 136, SMALL, {}, True),
         ("int8", 200, INTO_RESIDUAL, {"residual": True}, False),
+        ("int8", 300, dataclasses.replace(INTO_RESIDUAL, cluster=1), {"residual": True}, False),
         ("int8", 136, INTO_RESIDUAL, {"bias": True, "gate": "channel", "residual": True}, False),
         ("float8_e4m3fn", 131, INTO_RESIDUAL, {"bias": True, "gate": "token", "residual": True}, False),
         ("float8_e4m3fn", 136, MatmulConfig(tile_n=64, stages=2, promote=2), {"bias": True}, False),
@@ -64,7 +68,7 @@ def test_the_kernel_is_the_layer(dtype, m, config, epilogue, gelu):
     activation = "gelu_tanh" if gelu else None
     with interpreted():
         y = matmul_hopper(
-            x, weight, scale, bias, activation, gate, residual, jnp.float32, config=config, num_blocks=2
+            x, weight, scale, bias, activation, gate, residual, jnp.float32, config=config, num_clusters=2
         ).block_until_ready()
     assert y.shape == (m, 128) and y.dtype == jnp.float32
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
@@ -73,7 +77,7 @@ def test_the_kernel_is_the_layer(dtype, m, config, epilogue, gelu):
 def test_16_bit_results_are_the_rounded_ones():
     arrays = case("int8", 136, 128, 256)
     with interpreted():
-        y = matmul_hopper(*arrays[:4], None, None, None, jnp.bfloat16, config=SMALL, num_blocks=1).block_until_ready()
+        y = matmul_hopper(*arrays[:4], None, None, None, jnp.bfloat16, config=SMALL, num_clusters=1).block_until_ready()
     want = linear_8bit(*arrays[:3], out_dtype=jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(want, np.float32))
 
@@ -83,7 +87,7 @@ def test_rings_longer_and_shorter_than_the_sum(k):
     arrays = case("int8", 128, 64, k)
     config = MatmulConfig(tile_n=64, stages=4)
     with interpreted():
-        y = matmul_hopper(*arrays[:4], None, None, None, jnp.float32, config=config, num_blocks=3).block_until_ready()
+        y = matmul_hopper(*arrays[:4], None, None, None, jnp.float32, config=config, num_clusters=3).block_until_ready()
     np.testing.assert_allclose(y, truth(*arrays, False), rtol=1e-6)
 
 
@@ -91,19 +95,21 @@ def test_rows_of_zeros_and_values_that_are_not_finite():
     x = QuantizedRows(jnp.zeros((128, 128), jnp.int8), jnp.zeros(128).at[3].set(jnp.nan))
     weight, scale = quantize_weight(normal(1, 64, 128), "int8")
     with interpreted():
-        y = matmul_hopper(x, weight, scale, None, None, None, None, jnp.float32, config=SMALL, num_blocks=1)
+        y = matmul_hopper(x, weight, scale, None, None, None, None, jnp.float32, config=SMALL, num_clusters=1)
         y = np.asarray(y)
     assert np.isnan(y[3]).all() and not np.delete(y, 3, axis=0).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "groups"), [(1280, 1), (13824, 3)])
-def test_rows_are_quantized_as_by_the_reference(dtype, width, groups):
+@pytest.mark.parametrize(("width", "groups", "dtype", "sum_of"), [
+    (1280, 1, "int8", 1), (1280, 1, "float8_e4m3fn", 2), (13824, 3, "int8", 2), (13824, 3, "float8_e4m3fn", 1)
+])  # fmt: skip
+def test_rows_are_quantized_as_by_the_reference(width, groups, dtype, sum_of):
     assert warpgroups(width)[0] == groups
-    x = (normal(0, 3, width) * jnp.array([1.0, 100.0, 0.0])[:, None]).astype(jnp.bfloat16)
+    each = jnp.array([1.0, 100.0, 0.0])[:, None]
+    x, *plus = ((normal(seed, 3, width) * each).astype(jnp.bfloat16) for seed in range(sum_of))
     with interpreted():
-        rows = jax.block_until_ready(quantize_rows_hopper(x, dtype))
-    want = quantize_rows(x, dtype, implementation="reference")
+        rows = jax.block_until_ready(quantize_rows_hopper(x, dtype, *plus))
+    want = quantize_rows(x, dtype, plus=plus[0] if plus else None, implementation="reference")
     np.testing.assert_array_equal(rows.scale, want.scale)
     np.testing.assert_array_equal(np.asarray(rows.values).view(np.uint8), np.asarray(want.values).view(np.uint8))
 

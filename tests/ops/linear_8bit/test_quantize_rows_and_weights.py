@@ -41,6 +41,17 @@ def test_rows_have_the_scales_of_the_formula_and_the_nearest_values(shape, expon
         assert np.all(np.abs(values.astype(np.float64) - exact) <= np.maximum(np.abs(exact) / 16, 2.0**-10) * 1.0001)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_is_rounded_once(dtype):
+    x, plus = (jax.random.normal(jax.random.key(i), (3, 40), jnp.bfloat16) for i in range(2))
+    both = quantize_rows(x, dtype, plus=plus)
+    exact = quantize_rows(x.astype(jnp.float32) + plus.astype(jnp.float32), dtype)
+    np.testing.assert_array_equal(both.scale, exact.scale)
+    np.testing.assert_array_equal(np.asarray(both.values, np.float32), np.asarray(exact.values, np.float32))
+    gradients = jax.grad(lambda x, plus: quantize_rows(x, dtype, plus=plus).source.sum(), argnums=(0, 1))(x, plus)
+    assert all((gradient == 1).all() for gradient in gradients)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1), (9, 40), (5, 33)]),

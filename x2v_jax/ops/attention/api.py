@@ -12,29 +12,31 @@ from x2v_jax.ops.attention.choose_hopper import hopper_config, on_hopper
 from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper import attention_hopper, takes_hopper
 from x2v_jax.ops.attention.hopper_config import PRECISIONS, HopperConfig, Precision, faster_than_cudnn
+from x2v_jax.ops.attention.quantized import query_dtype
 from x2v_jax.ops.attention.reference import attention_reference
 from x2v_jax.ops.choice import CHOICES, AttentionImplementation
 from x2v_jax.ops.devices import cuda_device
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 Implementation = AttentionImplementation
 
 
 @overload
 def attention(
-    q: Array, k: Array, v: Array, *, scale: float | None = None, key_length: Array | None = None,
+    q: Array | QuantizedRows, k: Array, v: Array, *, scale: float | None = None, key_length: Array | None = None,
     implementation: Implementation = "auto", precision: Precision = "full", with_log_sum_exp: Literal[False] = False,
 ) -> Array: ...  # fmt: skip
 
 
 @overload
 def attention(
-    q: Array, k: Array, v: Array, *, scale: float | None = None, key_length: Array | None = None,
+    q: Array | QuantizedRows, k: Array, v: Array, *, scale: float | None = None, key_length: Array | None = None,
     implementation: Implementation = "auto", precision: Precision = "full", with_log_sum_exp: Literal[True],
 ) -> tuple[Array, Array]: ...  # fmt: skip
 
 
 def attention(
-    q: Float[Array, "b lq h d"],
+    q: Float[Array, "b lq h d"] | QuantizedRows,
     k: Float[Array, "b lk h d"],
     v: Float[Array, "b lk h d"],
     *,
@@ -47,6 +49,8 @@ def attention(
     """softmax(q k^T * scale) v, every query to every key. scale: 1 / sqrt(d) if None.
 
     Args:
+        q: with 8 bits also queries that are rounded already, as `rmsnorm_rope` gives them: to `query_dtype(precision)`,
+            each head of each token with a scale of its own. Their `source` is what is used where no 8-bit product is.
         key_length: only the first so many keys count, at least 1; may be traced, so that one program serves a cache
             however full it is. The rows behind it must be finite. None: all keys.
         implementation: "reference" (any platform), "cudnn" (16-bit on NVIDIA GPUs, d a multiple of 8 up to 128),
@@ -63,26 +67,40 @@ def attention(
         UserError: an unknown name, or one that cannot do what is asked, or a GPU that cannot.
     """
     _check(implementation, precision, with_log_sum_exp)
+    rows = None
+    if isinstance(q, QuantizedRows):
+        rows, q = _rows_and_floats(q, precision, k.dtype)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fixed: dict[str, Any] = {"scale": factor, "with_log_sum_exp": with_log_sum_exp}
     if precision == "full":
         return _full(q, k, v, key_length, implementation, fixed)
 
-    reference = functools.partial(attention_reference, precision=precision, key_length=key_length, **fixed)
+    def reference(q: Array, k: Array, v: Array, rows: QuantizedRows | None) -> Any:
+        return attention_reference(q, k, v, precision=precision, key_length=key_length, rows=rows, **fixed)
+
     if implementation == "reference" or not takes_hopper(q, k, v):
-        return reference(q, k, v)
+        return reference(q, k, v, rows)
     config = hopper_config(precision, q.shape[1], k.shape[1])
     if config is None:
         return _full(q, k, v, key_length, "auto", fixed)
     kernel = _hopper(config, precision, fixed, key_length)
-    return jax.lax.platform_dependent(q, k, v, cuda=kernel, default=reference)
+    return jax.lax.platform_dependent(q, k, v, rows, cuda=kernel, default=reference)
+
+
+def _rows_and_floats(q: QuantizedRows, precision: Precision, dtype: Any) -> tuple[QuantizedRows, Array]:
+    """(queries in 8 bits, the same in floats). Programs that need no floats do not compute them."""
+    if precision == "full" or q.values.dtype != query_dtype(precision):
+        raise UserError(f"q is {q.values.dtype} rows, and attention_precision is {precision!r}: give floats")
+    if q.source is None:
+        raise ValueError("these quantized queries were made without a source")
+    return q._replace(source=None), q.source.astype(dtype)
 
 
 def _hopper(config: HopperConfig, precision: Precision, fixed: dict[str, Any], key_length: Array | None) -> Any:
-    """(q, k, v) -> what `attention` gives, by the kernel; the backward pass is the fastest exact one."""
+    """(q, k, v, rows) -> what `attention` gives, by the kernel; the backward pass is the fastest exact one."""
 
-    def forward(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
-        both = attention_hopper(q, k, v, precision=precision, key_length=key_length, config=config, **fixed)
+    def forward(q: Array, k: Array, v: Array, key_length: Array | None, rows: QuantizedRows | None) -> Any:
+        both = attention_hopper(q, k, v, precision=precision, key_length=key_length, config=config, rows=rows, **fixed)
         return both if fixed["with_log_sum_exp"] else both[0]
 
     def exact(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
@@ -92,7 +110,7 @@ def _hopper(config: HopperConfig, precision: Precision, fixed: dict[str, Any], k
         return attend(q, k, v, key_length=key_length, **arguments)
 
     attend = with_gradient_of(exact, forward)
-    return lambda q, k, v: attend(q, k, v, key_length)
+    return lambda q, k, v, rows=None: attend(q, k, v, key_length, rows)
 
 
 def attention_cudnn(

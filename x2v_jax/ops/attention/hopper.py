@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, HEAD_DIM, HopperConfig, Precision, config_for
 from x2v_jax.ops.attention.quantized import quantize, transposed_values
 from x2v_jax.ops.attention.tiles import Span, tiles_of_length, tiles_of_spans
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 # The kernel's copies address rows in eights. What lies behind the last is read as zeros and not written.
 _ROWS_UNIT = 8
@@ -37,6 +38,7 @@ def attention_hopper(
     key_length: Int[Array, ""] | None = None,
     with_log_sum_exp: bool = False,
     config: HopperConfig | None = None,
+    rows: QuantizedRows | None = None,
 ) -> tuple[Float[Array, "b lq h d"], Float[Array, "b h lq"] | None]:
     """(softmax(q k^T * scale) v, log-sum-exp of scores if asked). No gradient: see `api.py`.
 
@@ -45,12 +47,13 @@ def attention_hopper(
     Args:
         key_length: only the first so many keys count, at least 1; may be traced. The rows behind must be finite.
         config: None: the committed one for the precision and shape.
+        rows: with 8 bits, see `quantized.quantize`.
     """
     config = config or config_for(precision, q.shape[1], k.shape[1])
     tiles = tiles_of_length(k.shape[1] if key_length is None else key_length, config.block_kv)
     return _run(
         q, k, v, tiles, config,
-        scale=scale, precision=precision, key_length=key_length, with_log_sum_exp=with_log_sum_exp,
+        scale=scale, precision=precision, key_length=key_length, with_log_sum_exp=with_log_sum_exp, rows=rows,
     )  # fmt: skip
 
 
@@ -113,17 +116,18 @@ def _run(
     precision: Precision,
     key_length: Array | None = None,
     with_log_sum_exp: bool = False,
+    rows: QuantizedRows | None = None,
 ) -> tuple[Array, Array | None]:
     # Imported here: it takes a second, and most programs have no such kernel.
     from x2v_jax.ops.attention.hopper_kernel import KernelInputs, hopper_attention_kernel
 
-    rows, dtype = q.shape[1], q.dtype
+    length, dtype = q.shape[1], q.dtype
     first_group, mean_score, scales = jnp.zeros(1, jnp.int32), 0.0, {}
     if precision != "full":
-        parts = quantize(q, k, v, scale=scale, precision=precision, key_length=key_length)
+        parts = quantize(q, k, v, scale=scale, precision=precision, key_length=key_length, rows=rows)
         q, k, v, mean_score = parts.q, parts.k, parts.v, parts.mean_score
-        blocks = math.ceil(rows / config.rows) * config.rows
-        q_scale = jnp.pad(parts.q_scale, ((0, 0), (0, 0), (0, blocks - rows)), constant_values=1)
+        blocks = math.ceil(length / config.rows) * config.rows
+        q_scale = jnp.pad(parts.q_scale, ((0, 0), (0, 0), (0, blocks - length)), constant_values=1)
         scales = {"q_scale": q_scale, "k_scale": parts.k_scale, "v_scale": parts.v_scale}
     if precision in EIGHT_BIT_VALUES:
         v = transposed_values(v, in_key_order=config.probabilities == "registers")
@@ -135,7 +139,7 @@ def _run(
     out, log_sum_exp = hopper_attention_kernel(
         inputs, factor=_factor(scale), config=config, out_dtype=dtype, with_log_sum_exp=with_log_sum_exp
     )
-    return out[:, :rows], None if log_sum_exp is None else log_sum_exp[:, :, :rows] + mean_score
+    return out[:, :length], None if log_sum_exp is None else log_sum_exp[:, :, :length] + mean_score
 
 
 def _factor(scale: float) -> float:

@@ -6,13 +6,14 @@ a scale of its own, with the softmax scale and log2(e) in it; 128 keys of a head
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, SCALE_BLOCK, Precision
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 # Probabilities, at most 1, are times 2 ** 8 in e4m3: that fits its largest number, 448, and what is lost are those
 # below 2 ** -18.
@@ -43,6 +44,11 @@ class Quantized(NamedTuple):
     mean_score: Float[Array, "b h lq"]
 
 
+def query_dtype(precision: Precision) -> Any:
+    """What queries and keys are multiplied in. precision: not "full"."""
+    return jnp.int8 if precision in ("int8", "int8_e4m3") else jnp.float8_e4m3fn
+
+
 def quantize(
     q: Float[Array, "b lq h d"],
     k: Float[Array, "b lk h d"],
@@ -51,9 +57,15 @@ def quantize(
     scale: float,
     precision: Precision,
     key_length: Int[Array, ""] | None = None,
+    rows: QuantizedRows | None = None,
 ) -> Quantized:
-    """Only the first `key_length` keys and values count in means and scales. precision: not "full"."""
-    dtype = jnp.int8 if precision in ("int8", "int8_e4m3") else jnp.float8_e4m3fn
+    """Only the first `key_length` keys and values count in means and scales.
+
+    Args:
+        precision: not "full".
+        rows: the queries, where they are in 8 bits already; q is not read then.
+    """
+    dtype = query_dtype(precision)
     keys = k.shape[1]
     there = None if key_length is None else (jnp.arange(keys) < key_length)[:, None, None]
 
@@ -64,11 +76,16 @@ def quantize(
     k_scale = _scale_for(_of_blocks(jnp.abs(centred).max(-1), blocks).max(2), dtype)  # [B, blocks, H]
     every_key = jnp.repeat(k_scale, SCALE_BLOCK, axis=1)[:, :keys, :, None]
 
-    q32 = q.astype(jnp.float32)
-    q_scale = _scale_for(jnp.abs(q32).max(-1), dtype)  # [B, Lq, H]
+    if rows is None:
+        q32 = q.astype(jnp.float32)
+        q_scale = _scale_for(jnp.abs(q32).max(-1), dtype)  # [B, Lq, H]
+        q8 = _cast(q32 / q_scale[..., None], dtype)
+    else:
+        q8, q_scale = rows.values, jnp.maximum(rows.scale, _TINY)
+        q32 = q8.astype(jnp.float32) * q_scale[..., None]
     v, v_scale = _values(_only(there, v), precision)
     return Quantized(
-        _cast(q32 / q_scale[..., None], dtype),
+        q8,
         (q_scale * (scale * math.log2(math.e))).swapaxes(1, 2),
         _cast(centred / every_key, dtype),
         k_scale.swapaxes(1, 2),

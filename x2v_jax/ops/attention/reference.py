@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper_config import Precision
 from x2v_jax.ops.attention.simulated import attention_simulated
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 # Scores that exist at one time stay below this many float32 values: 256 MiB on accelerators, and 32 MiB where that
 # leaves enough queries for a product to be worth its name. On CPU 32 MiB: several times as fast as 256, since the
@@ -31,6 +32,7 @@ def attention_reference(
     key_length: Int[Array, ""] | None = None,
     precision: Precision = "full",
     with_log_sum_exp: bool = False,
+    rows: QuantizedRows | None = None,
 ) -> Any:
     """softmax(q k^T * scale) v with float32 scores and softmax. Queries are taken in chunks; the result is the same.
 
@@ -39,9 +41,10 @@ def attention_reference(
         precision: other than "full", what a Hopper GPU computes in 8 bits, rounding for rounding; its gradient is that
             of full precision.
         with_log_sum_exp: (attention, natural logarithm of the sum of the scores' exponentials [B, H, Lq]) comes back.
+        rows: with 8 bits, see `quantized.quantize`.
     """
     if precision != "full":
-        return _simulated(q, k, v, scale, precision, key_length, with_log_sum_exp)
+        return _simulated(q, k, v, rows, scale, precision, key_length, with_log_sum_exp)
     fixed: dict[str, Any] = {"scale": scale, "key_length": key_length, "with_log_sum_exp": with_log_sum_exp}
     cpu = functools.partial(_attend_by_heads, **fixed)
     default = functools.partial(_attend_by_queries, **fixed)
@@ -49,16 +52,23 @@ def attention_reference(
 
 
 def _simulated(
-    q: Array, k: Array, v: Array, scale: float, precision: Precision, key_length: Array | None, with_log_sum_exp: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: QuantizedRows | None,
+    scale: float,
+    precision: Precision,
+    key_length: Array | None,
+    with_log_sum_exp: bool,
 ) -> Any:
     def exact(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
         return attention_reference(q, k, v, scale=scale, key_length=key_length, with_log_sum_exp=with_log_sum_exp)
 
-    def forward(q: Array, k: Array, v: Array, key_length: Array | None) -> Any:
-        both = attention_simulated(q, k, v, scale=scale, precision=precision, key_length=key_length)
+    def forward(q: Array, k: Array, v: Array, key_length: Array | None, rows: QuantizedRows | None) -> Any:
+        both = attention_simulated(q, k, v, scale=scale, precision=precision, key_length=key_length, rows=rows)
         return both if with_log_sum_exp else both[0]
 
-    return with_gradient_of(exact, forward)(q, k, v, key_length)
+    return with_gradient_of(exact, forward)(q, k, v, key_length, rows)
 
 
 def _attend_by_queries(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from x2v_jax.ops.attention.hopper_config import SCALE_BLOCK, Precision
 from x2v_jax.ops.attention.quantized import PROBABILITY_BITS, Quantized, quantize
 from x2v_jax.ops.attention.tiles import CUT, CUTS, FIRST_FULL, FULL, SINK_FULL, Span, tiles_of_length, tiles_of_span
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 # Scores that exist at one time: 16 MiB, as of float32.
 _SCORES = 1 << 22
@@ -30,13 +31,15 @@ def attention_simulated(
     precision: Precision,
     key_length: Int[Array, ""] | None = None,
     spans: Sequence[Span] | None = None,
+    rows: QuantizedRows | None = None,
 ) -> tuple[Float[Array, "b lq h d"], Float[Array, "b h lq"]]:
     """(attention, log-sum-exp of scores) with 8-bit products. No gradient: see `api.py`.
 
     key_length: only the first so many keys count, at least 1; may be traced.
     spans: which queries attend to which keys, instead of all to the first `key_length`.
+    rows: see `quantize`.
     """
-    parts = quantize(q, k, v, scale=scale, precision=precision, key_length=key_length)
+    parts = quantize(q, k, v, scale=scale, precision=precision, key_length=key_length, rows=rows)
     parts = parts._replace(k=_whole_blocks(parts.k), v=_whole_blocks(parts.v))
     attend = functools.partial(_attend_in_chunks, parts)
     if spans is None:

@@ -76,7 +76,11 @@ def _flat(x: Any, k: int) -> Any:
 
 
 def quantize_rows(
-    x: Float[Array, "*b k"], dtype: DTypeLike, *, implementation: Implementation = "auto"
+    x: Float[Array, "*b k"],
+    dtype: DTypeLike,
+    *,
+    plus: Float[Array, "*b k"] | None = None,
+    implementation: Implementation = "auto",
 ) -> QuantizedRows:
     """Quantizes each row of activations by its own largest magnitude, computed in float32.
 
@@ -88,24 +92,23 @@ def quantize_rows(
     Args:
         x: [..., K], any float dtype.
         dtype: int8 or float8_e4m3fn.
+        plus: added to x first, in float32.
         implementation: as for `linear_8bit`; "hopper" reads x once, XLA twice.
     """
     check_implementation(implementation)
     name_of(dtype)
-    reference = functools.partial(quantize_rows_reference, dtype=dtype)
-    held = lax.stop_gradient(x)
-    if not wants_hopper(implementation):
-        values, scale, _ = reference(held)
-    else:
+    reference = lambda x, *plus: quantize_rows_reference(x, dtype, *plus)  # noqa: E731
+    arrays = (x,) if plus is None else (x, plus)
+    held = lax.stop_gradient(arrays)
+    kernel = None
+    if wants_hopper(implementation):
         # Imported where it may be needed: Mosaic is half a second that a CPU can do without.
         from x2v_jax.ops.linear_8bit.hopper_rows import quantize_rows_hopper, rows_hopper_works
 
         if rows_hopper_works(x.shape, dtype):
-            kernel = functools.partial(quantize_rows_hopper, dtype=dtype)
-            values, scale, _ = lax.platform_dependent(held, cuda=kernel, default=reference)
-        else:
-            values, scale, _ = reference(held)
-    return QuantizedRows(values, scale, x)
+            kernel = lambda x, *plus: quantize_rows_hopper(x, dtype, *plus)  # noqa: E731
+    rows = reference(*held) if kernel is None else lax.platform_dependent(*held, cuda=kernel, default=reference)
+    return rows._replace(source=x if plus is None else x + plus)
 
 
 @dataclasses.dataclass(frozen=True)

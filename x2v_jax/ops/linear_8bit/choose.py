@@ -63,10 +63,18 @@ def xla_product(implementation: Implementation, dtype: DTypeLike) -> bool:
     return False
 
 
-def proved(op: str, precision: str, ours: Callable[[], Any], reference: Callable[[], Any], allowed: float) -> bool:
+def proved(
+    op: str,
+    precision: str,
+    ours: Callable[[], Any],
+    reference: Callable[[], Any],
+    allowed: float,
+    instead: str = "XLA",
+) -> bool:
     """Whether a kernel may be used: on this process' GPU, `ours()` has been found to be near `reference()`.
 
-    Both give trees of arrays that are made inside; the largest relative error of a leaf counts.
+    Both give trees of arrays that are made inside; the largest relative error of a leaf counts. instead: what is used
+    where it fails.
     """
     if cuda_device() is None:
         return True
@@ -75,7 +83,7 @@ def proved(op: str, precision: str, ours: Callable[[], Any], reference: Callable
         pairs = zip(jax.tree.leaves(jax.jit(ours)()), jax.tree.leaves(jax.jit(reference)()), strict=True)
         return max(float(_relative(x, y)) for x, y in pairs)
 
-    return works(FastPath(op, "hopper", precision, "XLA"), error, allowed)
+    return works(FastPath(op, "hopper", precision, instead), error, allowed)
 
 
 def _relative(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ class MatmulConfig:
         stages: pipeline stages in shared memory.
         epilogue_n: columns that leave (and with a residual enter) through shared memory at a time.
         epilogue_slots: buffers of that width a warpgroup; with a residual all but one hold tiles on their way in.
+        cluster: blocks that work on the same columns and load the weight's tile together, each a part for all.
         snake: how many column tiles neighbouring blocks share rows over, for the L2 cache.
         promote: float8 only: after so many stages partial sums move to float32 registers, because Hopper's float8
             accumulator keeps about 14 bits. 0: never, as in vLLM's kernels; needs tile_n <= 128 otherwise.
@@ -34,6 +35,7 @@ class MatmulConfig:
     stages: int = 4
     epilogue_n: int = 32
     epilogue_slots: int = 2
+    cluster: int = 2
     snake: int = 8
     promote: int = 0
     measured: bool = False

@@ -4,10 +4,14 @@ One block a streaming multiprocessor walks over output tiles of 128 rows. One wa
 weight into a ring in shared memory; two multiply 64 rows each and finish their part of the output: token and channel
 scales, bias, GELU, or gate and residual. Rows past the end of x are zeros that TMA fills in and does not write back.
 
+The blocks of a cluster work side by side, on the same columns: each loads a part of the weight's tile for all of them.
+Alone, a block would need 1.5 times the bytes of the L2 cache for its 8-bit products, more than that cache gives.
+
 Not here: quantizing the result for the next matmul. Its per-token scale needs the largest of all N columns of a row
 before the first of them can be rounded, and a block holds tile_n of them.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -46,12 +50,12 @@ def matmul_hopper(
     residual: Float[Array, "m n"] | None,
     out_dtype: DTypeLike,
     config: MatmulConfig,
-    num_blocks: int | None = None,
+    num_clusters: int | None = None,
 ) -> Float[Array, "m n"]:
     """`reference.matmul_8bit` in one kernel, where `matmul_hopper_config` gives a config.
 
     Args:
-        num_blocks: persistent blocks; one a streaming multiprocessor if None.
+        num_clusters: of persistent blocks; as many as give each streaming multiprocessor a block if None.
     """
     m, (n, k) = x.values.shape[0], weight.shape
     token_gate = gate is not None and gate.shape[0] > 1
@@ -73,8 +77,10 @@ def matmul_hopper(
     call = plgpu.kernel(
         functools.partial(_entry, names=tuple(arrays), activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((rows, n), out_dtype),
-        grid=(num_blocks or core_count(),),
-        grid_names=("block",),
+        grid=(num_clusters or core_count() // config.cluster,),
+        grid_names=("cluster",),
+        cluster=(config.cluster,),
+        cluster_names=("peer",),
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
         # Only GELU's exponential and division are approximate: 2 units in the last place of float32.
@@ -102,14 +108,23 @@ def matmul_hopper_config(
     else:
         return None
     config = config_for(n, k, weight.dtype, kind)
-    return config if config is not None and _proved(config, weight.dtype, kind, activation, out) else None
+    if config is None:
+        return None
+    alone = dataclasses.replace(config, cluster=1)
+    for tiles, instead in ((config, "one block a cluster"), (alone, "XLA"))[config == alone :]:
+        if _proved(tiles, instead, weight.dtype, kind, activation, out):
+            return tiles
+    return None
 
 
-def _proved(config: MatmulConfig, dtype: DTypeLike, kind: str, activation: Activation, out_dtype: DTypeLike) -> bool:
-    """Compared on rows that end within a tile, over two tiles of channels and every stage of the ring, twice."""
+def _proved(
+    config: MatmulConfig, instead: str, dtype: DTypeLike, kind: str, activation: Activation, out_dtype: DTypeLike
+) -> bool:
+    """Compared on rows that end within a block's tile, and before its peer's, over every stage of the ring, twice."""
     tiles = f"{config.tile_n}x{config.tile_k}, {config.stages} stages, {config.epilogue_slots}x{config.epilogue_n} out"
+    tiles += f", clusters of {config.cluster}"
     name = f"{jnp.dtype(dtype).name} ({kind}{', gelu' if activation else ''}; {tiles})"
-    m, n, k = 200, 2 * config.tile_n, config.tile_k * (2 * config.stages + 1)
+    m, n, k = 328, 2 * config.tile_n, config.tile_k * (2 * config.stages + 1)
 
     def arguments() -> list[Any]:
         keys = jax.random.split(jax.random.key(0), 5)
@@ -123,9 +138,10 @@ def _proved(config: MatmulConfig, dtype: DTypeLike, kind: str, activation: Activ
     return proved(
         "8-bit linear layer",
         name,
-        lambda: matmul_hopper(*arguments(), config=config, num_blocks=3),
+        lambda: matmul_hopper(*arguments(), config=config, num_clusters=3),
         lambda: matmul_8bit(*arguments()),
         ALLOWED_ERROR,
+        instead,
     )
 
 
@@ -147,7 +163,7 @@ def _entry(*refs: Any, names: tuple[str, ...], activation: Activation, config: M
         "x": plgpu.SMEM((*ring, _BLOCK_ROWS, c.tile_k), dtype, transforms=_tiled(c.tile_k, dtype)),
         "w": plgpu.SMEM((*ring, c.tile_n, c.tile_k), dtype, transforms=_tiled(c.tile_k, dtype)),
         "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=c.stages),
-        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=c.stages),
+        "consumed": _consumed(c),
         "out": _epilogue_buffer(c, out.dtype),
         "x_scale": plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
     }
@@ -164,6 +180,12 @@ def _entry(*refs: Any, names: tuple[str, ...], activation: Activation, config: M
     pl.run_scoped(lambda scratch: _block(gmem, out, scratch, activation, config), smem, collective_axes="wg")
 
 
+def _consumed(config: MatmulConfig) -> Any:
+    """Arrivals say that a stage may be written again. Where peers write it too, they must hear of each."""
+    counts = {"num_arrivals": _WARPGROUPS, "num_barriers": config.stages}
+    return plgpu.Barrier(**counts) if config.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
+
+
 def _epilogue_buffer(config: MatmulConfig, dtype: DTypeLike) -> Any:
     shape = (_WARPGROUPS, config.epilogue_slots, _ROWS, config.epilogue_n)
     return plgpu.SMEM(shape, dtype, transforms=_tiled(config.epilogue_n, dtype))
@@ -172,17 +194,17 @@ def _epilogue_buffer(config: MatmulConfig, dtype: DTypeLike) -> Any:
 def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Activation, config: MatmulConfig) -> None:
     rows, n = out.shape
     steps = gmem["x"].shape[1] // config.tile_k
-    grid = (pl.cdiv(rows, _BLOCK_ROWS), n // config.tile_n)
-    wg = lax.axis_index("wg")
+    grid = (pl.cdiv(rows, _BLOCK_ROWS * config.cluster), n // config.tile_n)
+    wg, peer = lax.axis_index("wg"), lax.axis_index("peer")
 
     def each_tile(body: Any, carry: Any) -> Any:
         """body(first row, first column, carry) over this block's output tiles."""
 
         def one(info: Any, carry: Any) -> Any:
             i, j = plgpu.planar_snake(info.index[0], grid, 1, config.snake)
-            return body(i * _BLOCK_ROWS, j * config.tile_n, carry)
+            return body((i * config.cluster + peer) * _BLOCK_ROWS, j * config.tile_n, carry)
 
-        return plgpu.nd_loop((math.prod(grid),), collective_axes="block", init_carry=carry)(one)
+        return plgpu.nd_loop((math.prod(grid),), collective_axes="cluster", init_carry=carry)(one)
 
     @pl.when(wg < _LOADER)
     def _() -> None:
@@ -208,9 +230,10 @@ def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Act
                 slot = lax.rem(count, config.stages)
                 pl.when(count >= config.stages)(lambda: plgpu.barrier_wait(smem["consumed"].at[slot]))
                 columns = pl.ds(step * config.tile_k, config.tile_k)
-                for name, first, size in (("x", row, _BLOCK_ROWS), ("w", column, config.tile_n)):
+                shared = "peer" if config.cluster > 1 else None
+                for name, first, size, axes in (("x", row, _BLOCK_ROWS, None), ("w", column, config.tile_n, shared)):
                     source = gmem[name].at[pl.ds(first, size), columns]
-                    plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["loaded"].at[slot])
+                    plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["loaded"].at[slot], collective_axes=axes)
                 return count + 1
 
             return lax.fori_loop(0, steps, load, count)
@@ -218,7 +241,7 @@ def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Act
         count = each_tile(tile, jnp.int32(0))
 
         @pl.loop(lax.max(0, count - config.stages), count)
-        def _(i: Any) -> None:  # Nobody may leave while the others still signal.
+        def _(i: Any) -> None:  # Nobody may leave while the others, or a peer, still signal.
             plgpu.barrier_wait(smem["consumed"].at[lax.rem(i, config.stages)])
 
 

@@ -40,13 +40,18 @@ def warpgroups(width: int) -> tuple[int, int]:
     return best
 
 
-def quantize_rows_hopper(x: Float[Array, "*b k"], dtype: DTypeLike) -> QuantizedRows:
-    """`quantize_rows` that reads x once."""
+def quantize_rows_hopper(
+    x: Float[Array, "*b k"], dtype: DTypeLike, plus: Float[Array, "*b k"] | None = None
+) -> QuantizedRows:
+    """`quantize_rows` that reads x, and what is added to it, once."""
     width = x.shape[-1]
-    rows = x.reshape(-1, width)
-    values, scales = quantize_each_row(
-        lambda row, x, total: x(row).astype(jnp.float32), [rows], rows.shape[0], width, dtype
-    )
+    inputs = [array.reshape(-1, width) for array in (x, plus) if array is not None]
+
+    def summed(row: Any, *parts: Any) -> Array:
+        *loaders, _ = parts
+        return functools.reduce(jnp.add, [load(row).astype(jnp.float32) for load in loaders])
+
+    values, scales = quantize_each_row(summed, inputs, inputs[0].shape[0], width, dtype)
     return QuantizedRows(values.reshape(x.shape), scales.reshape(x.shape[:-1]))
 
 
@@ -107,8 +112,8 @@ def rows_hopper_works(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
     return takes_rows(shape) and proved(
         "quantization of rows",
         jnp.dtype(dtype).name,
-        lambda: _values_and_scales(quantize_rows_hopper(_probe(), dtype)),
-        lambda: _values_and_scales(quantize_rows_reference(_probe(), dtype)),
+        lambda: _values_and_scales(quantize_rows_hopper(_probe(), dtype, _probe(1))),
+        lambda: _values_and_scales(quantize_rows_reference(_probe(), dtype, _probe(1))),
         allowed=ALLOWED_ERROR,
     )
 
@@ -118,8 +123,8 @@ def takes_rows(shape: tuple[int, ...]) -> bool:
     return warpgroups(shape[-1]) != (0, 0) and shape[-1] >= _LEAST_WIDTH and math.prod(shape[:-1]) >= _LEAST_ROWS
 
 
-def _probe() -> Array:
-    return jax.random.normal(jax.random.key(0), (160, 5120), jnp.bfloat16)
+def _probe(seed: int = 0) -> Array:
+    return jax.random.normal(jax.random.key(seed), (160, 5120), jnp.bfloat16)
 
 
 def _values_and_scales(rows: QuantizedRows) -> tuple[Array, Array]:

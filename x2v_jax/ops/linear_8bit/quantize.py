@@ -36,9 +36,11 @@ class QuantizedRows(NamedTuple):
     source: Array | None = None
 
 
-def quantize_rows_reference(x: Float[Array, "*b k"], dtype: DTypeLike) -> QuantizedRows:
+def quantize_rows_reference(
+    x: Float[Array, "*b k"], dtype: DTypeLike, plus: Float[Array, "*b k"] | None = None
+) -> QuantizedRows:
     """`quantize_rows` in jnp."""
-    x = x.astype(jnp.float32)
+    x = x.astype(jnp.float32) if plus is None else x.astype(jnp.float32) + plus.astype(jnp.float32)
     scale, inverse = row_scales(jnp.max(jnp.abs(x), axis=-1), dtype)
     return QuantizedRows(round_to(x * inverse[..., None], dtype), scale)
 
