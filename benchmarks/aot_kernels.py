@@ -4,8 +4,9 @@
     python -m benchmarks.aot_kernels --wheels=wheels
 
 Registers, spills (none are allowed), bytes of shared memory and, where there is nvdisasm, tensor core instructions of
-each kernel: HGMMA are 16-bit, IGMMA int8, QGMMA float8. Printed and compared with the committed table; `--write`
-replaces it. `ptxas` of CUDA 13.0 has to be installed, or the wheels "nvidia-cuda-nvcc<13.1" "nvidia-nvvm<13.1" beside.
+each kernel (HGMMA are 16-bit, IGMMA int8, QGMMA float8) and loads that serve all blocks of a cluster (UTMALDG …
+MULTICAST). Printed and compared with the committed table; `--write` replaces it. `ptxas` of CUDA 13.0 has to be
+installed, or the wheels "nvidia-cuda-nvcc<13.1" "nvidia-nvvm<13.1" beside.
 """
 
 import dataclasses
@@ -54,8 +55,10 @@ def cases() -> dict[str, Case]:
             found[f"norm, modulation and quantization {shape.name}, {dtype}"] = Case(
                 operations.hopper_norm_quantize, shape, dtype
             )
-    for shape in NORMS:
-        found[f"norm and rotation {shape.name}"] = Case(operations.hopper_norm_rope, shape, "bfloat16")
+    for dtype in ("bfloat16", *DTYPES):
+        for shape in NORMS:
+            name = "norm and rotation" if dtype == "bfloat16" else "norm, rotation and quantization"
+            found[f"{name} {shape.name}, {dtype}"] = Case(operations.hopper_norm_rope, shape, dtype)
     return found
 
 

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", type=pathlib.Path, default=pathlib.Path("assets/shapes_t2v_4step"))
     parser.add_argument("--prompts", type=int, default=200, help="0: operations alone")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the videos; default: all")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="of the videos; rows of others stay as they are (all)"
+    )
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--output", type=pathlib.Path, default=DEFAULT_OUTPUT)
@@ -65,6 +67,7 @@ def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     """The report; it is written after every video row, since they take long."""
     from benchmarks.error_table_ops import operation_rows
     from benchmarks.error_table_record import record_sampling
+    from benchmarks.error_table_smooth import calibrated, kept_rows
     from benchmarks.error_table_videos import VARIANTS, video_rows
     from train.data.shapes import heldout_prompts
     from x2v_jax.checkpoint.store import open_checkpoint
@@ -72,11 +75,23 @@ def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     checkpoint = open_checkpoint(options.checkpoint)
     prompts = [prompt.text for prompt in heldout_prompts(_RECORDED_PROMPTS, options.seed)]
     report: dict[str, Any] = {**circumstances("benchmarks.error_table", given), "checkpoint": str(options.checkpoint)}
-    report |= {"operations": list(operation_rows(record_sampling(checkpoint, prompts))), "videos": []}
+    measured = [prompt.text for prompt in heldout_prompts(options.prompts, options.seed)]
+    # Of another seed, and none of the prompts that errors are measured on.
+    calibration = calibrated(checkpoint, options.seed + 1, (*prompts, *measured))
+    report["calibration"] = dict(calibration.about) | {"config": "of the checkpoint"}
+    rows = list(operation_rows(record_sampling(checkpoint, prompts), calibration))
+    report |= {"operations": rows, "videos": []}
     if options.prompts:
         variants = options.variants or tuple(VARIANTS)
-        for row in video_rows(checkpoint, options.prompts, options.seed, options.batch, variants):
-            report["videos"].append(row)
+        kept: list[Row] = []
+        if options.variants and options.output.is_file():
+            earlier = json.loads(options.output.read_text())
+            kept = kept_rows(earlier, (*variants, "float32"), options.prompts)
+        done: list[Row] = []
+        order = list(VARIANTS)
+        for row in video_rows(checkpoint, options.prompts, options.seed, options.batch, variants, calibration):
+            done.append(row)
+            report["videos"] = sorted([*kept, *done], key=lambda row: order.index(row["variant"]))
             print(f"{row['variant']}: {row['all']:.1%} right", file=sys.stderr, flush=True)
             _write(options.output, report)
     return report

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.error_table_record import Recording
+from benchmarks.error_table_smooth import smoothed_case, smoothed_cases
 from benchmarks.kv_cache_error import DRAWS, NARROW, attention_errors
+from x2v_jax.checkpoint.calibration import Calibration
 from x2v_jax.ops.attention import attention
 from x2v_jax.ops.linear_8bit import linear_8bit, quantize_weight
 from x2v_jax.ops.linear_8bit.api import Activations
@@ -23,6 +25,8 @@ LINEAR: dict[str, tuple[str, Activations]] = {
     "int8, weights only": ("int8", "16bit"),
     "fp8, weights only": ("float8_e4m3fn", "16bit"),
 }
+# name -> the one of LINEAR that is computed after smoothing
+SMOOTHED = {f"{name}, smoothed": name for name in ("int8, W8A8", "fp8, W8A8", "int8, weights only")}
 # name -> precision of `attention`
 ATTENTION = {"bfloat16": "full", "int8": "int8", "e4m3": "e4m3", "int8_e4m3": "int8_e4m3", "e4m3_all": "e4m3_all"}
 RECORDED = "recorded"
@@ -32,13 +36,20 @@ _TOKENS, _HEADS, _HEAD_DIM = 512, 2, 128
 Row = dict[str, Any]
 
 
-def operation_rows(recording: Recording) -> Iterator[Row]:
-    """One row an operation, precision and kind of data: the median and the worst relative error over all cases."""
+def operation_rows(recording: Recording, calibration: Calibration) -> Iterator[Row]:
+    """One row an operation, precision and kind of data: the median and the worst relative error over all cases.
+
+    Args:
+        calibration: of the network that was recorded, on other prompts.
+    """
     matrices = {RECORDED: [case for cases in recording.matrices.values() for case in cases]}
     matrices |= {kind: [_random_matrix(kind)] for kind in DRAWS}
     for kind, cases in matrices.items():
         for name in LINEAR:
             yield _row("linear", name, kind, [linear_error(name, *case) for case in cases])
+        even = list(smoothed_cases(recording, calibration)) if kind == RECORDED else [_smoothed_matrix(kind)]
+        for name, base in SMOOTHED.items():
+            yield _row("linear", name, kind, [linear_error(base, *case) for case in even])
     attentions = {RECORDED: [case for cases in recording.attentions.values() for case in cases]}
     attentions |= {kind: [_random_attention(kind)] for kind in DRAWS}
     for kind, cases in attentions.items():
@@ -92,6 +103,13 @@ def _random_matrix(kind: str) -> tuple[Any, ...]:
     x = DRAWS[kind](jax.random.key(0), (_ROWS, _INPUTS))
     kernel = jax.random.normal(jax.random.key(1), (_INPUTS, _OUTPUTS)) / math.sqrt(_INPUTS)
     return x, kernel, jnp.zeros((_OUTPUTS,))
+
+
+def _smoothed_matrix(kind: str) -> tuple[Any, ...]:
+    """Calibrated on another draw."""
+    x, kernel, bias = _random_matrix(kind)
+    seen = DRAWS[kind](jax.random.key(2), (_ROWS, _INPUTS))
+    return smoothed_case(x, kernel, bias, jnp.abs(seen).max(0), jnp.abs(kernel).max(1))
 
 
 def _random_attention(kind: str) -> tuple[Any, ...]:

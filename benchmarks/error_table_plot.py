@@ -14,8 +14,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
     operations = list(dict.fromkeys(row["operation"] for row in rows))
     kinds = list(dict.fromkeys(row["data"] for row in rows))
+    # Bars are as wide in every panel.
+    widths = [len({row["precision"] for row in rows if row["operation"] == operation}) for operation in operations]
     figure, panels = pyplot.subplots(
-        1, len(operations), figsize=(14, 4.2), sharey=True, layout="constrained", squeeze=False
+        1, len(operations), figsize=(14, 4.2), sharey=True, layout="constrained", squeeze=False, width_ratios=widths
     )
     width = 0.8 / len(kinds)
     for axes, operation in zip(panels[0], operations, strict=True):
@@ -27,7 +29,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             medians = [row["median"] for _, row in points]
             above = [row["worst"] - row["median"] for _, row in points]
             axes.bar(places, medians, width, yerr=[[0.0] * len(above), above], label=kind, color=f"C{i}", capsize=2)
-        axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
+        axes.set_xticks(
+            range(len(names)), [name.replace(", ", "\n").replace(" only", "\nonly") for name in names], fontsize=8
+        )
         axes.set(title=operation, yscale="log")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from benchmarks.error_table_smooth import smoothed_params
 from benchmarks.shapes_sampling import ShapesModel
+from x2v_jax.checkpoint.calibration import Calibration
 from x2v_jax.models.functional import Params, abstract, flatten, unflatten
 from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import OpChoice
@@ -18,10 +20,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the transformer computes. dtype: of what is not in 8 bits."""
+    """How the transformer computes. dtype: of what is not in 8 bits. smoothed: before its matrices became 8-bit."""
 
     dtype: str = "bfloat16"
     quantization: str | None = None
+    smoothed: bool = False
     ops: OpChoice = dataclasses.field(default_factory=OpChoice)
 
 
@@ -31,6 +34,8 @@ VARIANTS: dict[str, Variant] = {
     BASE: Variant(),
     "int8, W8A8": Variant(quantization="int8"),
     "fp8, W8A8": Variant(quantization="float8_e4m3fn"),
+    "int8, W8A8, smoothed": Variant(quantization="int8", smoothed=True),
+    "fp8, W8A8, smoothed": Variant(quantization="float8_e4m3fn", smoothed=True),
     "int8, weights only": Variant(quantization="int8", ops=OpChoice(linear_activations="16bit")),
     "attention int8": Variant(ops=OpChoice(attention_precision="int8")),
     "attention e4m3": Variant(ops=OpChoice(attention_precision="e4m3")),
@@ -44,9 +49,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 class LowPrecisionModel(ShapesModel):
-    """A checkpoint whose transformer computes as a variant says; text and pictures are as in float32 for all."""
+    """A checkpoint whose transformer computes as a variant says; text and pictures are as in float32 for all.
 
-    def __init__(self, checkpoint: Any, variant: Variant):
+    Args:
+        calibration: needed where the variant is smoothed.
+    """
+
+    def __init__(self, checkpoint: Any, variant: Variant, calibration: Calibration | None = None):
         super().__init__(checkpoint, "float32")
         config: Any = self.config("transformer")
 
@@ -56,11 +65,16 @@ class LowPrecisionModel(ShapesModel):
                 rngs=nnx.Rngs(0),
                 dtype=np.dtype(variant.dtype) if variant.dtype == "float32" else variant.dtype,
                 quantization=variant.quantization,  # pyright: ignore[reportArgumentType]
+                smoothed=variant.smoothed,
                 ops=variant.ops,
             )
 
         self._graphs["transformer"], shapes = abstract(make)
-        self._params["transformer"] = fill(shapes, checkpoint.load("transformer", "float32"))
+        if variant.smoothed:
+            assert variant.quantization is not None and calibration is not None
+            self._params["transformer"] = smoothed_params(checkpoint, variant.quantization, calibration)
+        else:
+            self._params["transformer"] = fill(shapes, checkpoint.load("transformer", "float32"))
 
 
 def fill(shapes: Params, params: Params) -> Params:
@@ -77,7 +91,12 @@ def fill(shapes: Params, params: Params) -> Params:
 
 
 def video_rows(
-    checkpoint: Any, count: int, seed: int, batch: int, variants: Sequence[str] = tuple(VARIANTS)
+    checkpoint: Any,
+    count: int,
+    seed: int,
+    batch: int,
+    variants: Sequence[str] = tuple(VARIANTS),
+    calibration: Calibration | None = None,
 ) -> Iterator[Row]:
     """One row a variant: accuracy on `count` prompts whose wording is new, and decibels against float32.
 
@@ -93,7 +112,7 @@ def video_rows(
     request = resolve(Request(prompt="-", seed=seed), checkpoint)
     truth: Sequence[np.ndarray] = ()
     for name in (TRUTH, *(name for name in variants if name != TRUTH)):
-        model = LowPrecisionModel(checkpoint, VARIANTS[name])
+        model = LowPrecisionModel(checkpoint, VARIANTS[name], calibration)
         seen = examine(model.generate(texts, request, batch), wanted, name=name, progress=False, keep=True)
         truth = truth or seen.videos
         summary = seen.summary()

@@ -1,4 +1,4 @@
-"""python -m convert wan|inspect|export|extract-lora: parse, call, report. The work is in x2v_jax.checkpoint."""
+"""python -m convert wan|inspect|export|extract-lora|calibrate: parse, call, report."""
 
 import signal
 import sys
@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from convert.arguments import options, parse
 from x2v_jax.errors import UserError
-
-Work = Callable[[Callable[[int, int], None]], tuple[str, ...]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
             from convert.extract import extract_lora
 
             extract_lora(args)
+        elif args.command == "calibrate":
+            from convert.calibrate import calibrate
+
+            calibrate(args)
         else:
             from x2v_jax.checkpoint.export import export
 
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(work: Work, destination: str) -> None:
+def _run(work: Callable[..., tuple[str, ...]], destination: str) -> None:
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:

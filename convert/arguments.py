@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     export.add_argument("destination", metavar="DST")
     export.add_argument("--layout", required=True, choices=LAYOUTS)
     _add_extract_lora(commands)
+    _add_calibrate(commands)
     return parser.parse_args(arguments)
 
 
@@ -73,6 +74,14 @@ def _add_wan(commands: Any) -> None:
         choices=QUANTIZABLE,
         default=[],
         help="what --quantize means instead of the transformer alone (repeatable)",
+    )
+    wan.add_argument(
+        "--smooth",
+        metavar="CALIBRATION",
+        help="with --quantize: first move unevenness of the activations, as `calibrate` recorded it, into the weights",
+    )
+    wan.add_argument(
+        "--smooth-alpha", type=_share, metavar="A", help="how much of it: 0 (none of the activations' own) to 1 (0.5)"
     )
     wan.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", default=[], help="merge it in (repeatable)")
     wan.add_argument("--allow-partial", action="store_true", help="merge what fits of a LoRA and report the rest")
@@ -105,6 +114,40 @@ def _rank(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="record a transformer's activations while it makes videos, for `wan --smooth`",
+        description="Makes a video of each prompt with the checkpoint's own sampler and writes, for the inputs that "
+        "--smooth can make even, the largest magnitude of every channel in every layer.",
+    )
+    calibrate.add_argument("checkpoint", metavar="CKPT", help="converted checkpoint with 16- or 32-bit weights")
+    calibrate.add_argument("destination", metavar="DST.safetensors")
+    calibrate.add_argument("--prompts", required=True, metavar="FILE", help="text, one prompt a line")
+    calibrate.add_argument(
+        "--images",
+        metavar="PATH",
+        help="image-to-video: a picture, a folder of pictures, or a text file with the path of one a line; one a "
+        "prompt in turn, from the first again where there are fewer",
+    )
+    calibrate.add_argument("--limit", type=_rank, metavar="N", help="take the first N prompts (all)")
+    for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "frames")):
+        calibrate.add_argument(f"--{name}", type=_rank, metavar="N", help=f"{what} (the checkpoint's)")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the first video; the next have the next (0)")
+    calibrate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the run (bfloat16)")
+    calibrate.add_argument("--offload", choices=("none", "blocks"), default="none", help="as in `python -m infer`")
+
+
 def options(args: argparse.Namespace) -> "Options":
     """The library's options for `wan`."""
     from x2v_jax.checkpoint.convert import Options
@@ -116,6 +159,8 @@ def options(args: argparse.Namespace) -> "Options":
         dtype=args.dtype,
         quantize=args.quantize,
         quantize_components=tuple(dict.fromkeys(args.quantize_component)),
+        smooth=args.smooth,
+        smooth_alpha=args.smooth_alpha,
         loras=tuple(parse_lora_argument(text) for text in args.lora),
         allow_partial=args.allow_partial,
         schedule=args.schedule,

@@ -8,6 +8,7 @@ import numpy as np
 
 from x2v_jax import memory
 from x2v_jax.checkpoint.names import native_shapes
+from x2v_jax.checkpoint.names_smoothing import ASIDE, smoothing_shapes
 from x2v_jax.models.config import Schedule, VaeConfig
 
 COUNTED = (
@@ -19,24 +20,30 @@ COUNTED = (
 class _Sizes:
     """Stands for a checkpoint that has these networks."""
 
-    def __init__(self, configs: Mapping[str, Any]):
-        self._configs = configs
+    def __init__(self, configs: Mapping[str, Any], smoothed: Collection[str]):
+        self._configs, self._smoothed = configs, smoothed
 
     def has(self, component: str) -> bool:
         return component in self._configs
 
     def tensors(self, component: str) -> dict[str, Any]:
         dtype = np.dtype(np.float32)  # of the file; the plan counts each tensor in the type that it has on the device
-        shapes = native_shapes(component, self._configs[component])
+        config = self._configs[component]
+        shapes = native_shapes(component, config)
+        if component in self._smoothed:
+            shapes |= {name: n for name, n in smoothing_shapes(config).items() if not name.startswith(ASIDE)}
         return {name: types.SimpleNamespace(shape=shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def phases(configs: Mapping[str, Any], schedule: Schedule, quantized: Collection[str] = ()) -> dict[str, int]:
+def phases(
+    configs: Mapping[str, Any], schedule: Schedule, quantized: Collection[str] = (), smoothed: Collection[str] = ()
+) -> dict[str, int]:
     """Bytes on the device by phase, for one video at the schedule's size.
 
     Args:
         configs: component -> its config, of those that are there. Without a transformer there is nothing to predict.
         quantized: those whose matrices are 8-bit.
+        smoothed: those of them that multiply their modulation by factors.
     """
     if "transformer" not in configs or (configs["transformer"].model_type == "i2v" and "image_encoder" not in configs):
         return {}
@@ -47,5 +54,6 @@ def phases(configs: Mapping[str, Any], schedule: Schedule, quantized: Collection
         schedule.width // vae.spatial_stride,
     )
     guided = not schedule.is_distilled and schedule.guidance_scale != 1
-    plan = memory.plan(_Sizes(configs), {"vae": vae, **configs}, latents, guided=guided, quantized=tuple(quantized))
+    sizes, all_configs = _Sizes(configs, smoothed), {"vae": vae, **configs}
+    plan = memory.plan(sizes, all_configs, latents, guided=guided, quantized=tuple(quantized))
     return plan.phases

@@ -12,6 +12,7 @@ from flax import nnx
 
 from x2v_jax.checkpoint import lora, names
 from x2v_jax.checkpoint.eight_bit import quantization_of
+from x2v_jax.checkpoint.names_smoothing import is_smoothed
 from x2v_jax.checkpoint.store import NativeCheckpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.memory import device_dtype
@@ -72,6 +73,8 @@ class Network:
         options: dict[str, Any] = {"dtype": jnp.dtype(self.dtype)}
         if component != "vae":
             options |= {"quantization": quantization, "ops": ops}
+        if component == "transformer":
+            options["smoothed"] = is_smoothed(tensors)
 
         def network() -> nnx.Module:
             made = make(self.config, rngs=nnx.Rngs(0), **options)  # the numbers are never drawn

@@ -19,6 +19,8 @@ _OPERATIONS = (
     ("norm, modulation, quantization", norm_quantize_call, "int8"),
     ("norm, modulation, quantization", norm_quantize_call, "float8_e4m3fn"),
     ("norm and rotation", norm_rope_call, "bfloat16"),
+    ("norm, rotation, quantization", norm_rope_call, "int8"),
+    ("norm, rotation, quantization", norm_rope_call, "float8_e4m3fn"),
 )
 
 

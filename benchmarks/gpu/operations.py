@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from benchmarks.gpu.shapes import HEAD_DIM, AttentionShape, LinearShape, NormShape
 from x2v_jax.ops.attention import attention
 from x2v_jax.ops.fused_norms import layernorm_modulate_quantize, rmsnorm_rope
-from x2v_jax.ops.linear_8bit import linear_8bit, quantize_weight
+from x2v_jax.ops.linear_8bit import QuantizedRows, linear_8bit, quantize_weight
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -119,10 +119,11 @@ def norm_quantize_call(shape: NormShape, dtype: str, implementation: str) -> Cal
 
 
 def norm_rope_call(shape: NormShape, dtype: str, implementation: str) -> Call:
-    """RMSNorm of queries and their rotation; arguments: x, weight, cosines, sines."""
+    """RMSNorm of queries and their rotation, in 8 bits or 16; arguments: x, weight, cosines, sines."""
 
     def call(x: Any, weight: Any, cos: Any, sin: Any) -> Any:
-        return rmsnorm_rope(x, weight, 1e-6, (cos, sin), dtype=dtype, implementation=implementation)  # pyright: ignore[reportArgumentType]
+        y = rmsnorm_rope(x, weight, 1e-6, (cos, sin), dtype=dtype, implementation=implementation)  # pyright: ignore[reportArgumentType]
+        return (y.values, y.scale) if isinstance(y, QuantizedRows) else y
 
     angles = struct((shape.rows, HEAD_DIM), jnp.float32)
     x = struct((1, shape.rows, shape.dim), jnp.bfloat16)

@@ -161,10 +161,12 @@ def _run(section: str) -> Callable[[Report], str]:
 
 
 def _vae(report: Report) -> str:
-    row = _find(report, "i2v_14b_480p_int8", part="VAE decode") or _find(
-        report, "t2v_1_3b_480p_int8", part="VAE decode"
-    )
-    return f"{_number(row['seconds'])} s" if row else ""
+    found = {}
+    for section in ("i2v_14b_480p_int8", "t2v_1_3b_480p_int8", "i2v_14b_480p_bf16", "t2v_1_3b_480p_bf16"):
+        row = _find(report, section, part="VAE decode")
+        if row:
+            found.setdefault(row["vae_dtype"], f"{row['vae_dtype']} {_number(row['seconds'])} s")
+    return "; ".join(found.values())
 
 
 def _start(report: Report) -> str:

@@ -61,10 +61,10 @@ def test_latents_of_81_frames():
 def test_the_program_is_made_of_shapes_alone():
     config = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=24, freq_dim=16, text_len=12)
     program = sampler_program(config, (3, 4, 6), quantization="int8")
-    params, conditions, initial, _ = program.arguments
+    params, conditions, initial, _, sigmas = program.arguments
     assert params["blocks"]["ffn"]["linear_1"]["weight"].shape == (2, 48, 32)
     assert conditions.text.shape == (1, 12, 24) and initial.shape == (1, 3, 4, 6, 16)
-    assert program.static is not None and len(program.static["sigmas"]) == 4
+    assert program.static is None and len(sigmas) == 4
 
 
 def _row(peak: int) -> dict:

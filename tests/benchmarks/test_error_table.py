@@ -1,6 +1,7 @@
 """What low precision costs: recordings, errors of operations and of videos, and the tables that tell them."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,12 @@ from benchmarks import error_table
 from benchmarks.documents import part
 from benchmarks.error_table_ops import ATTENTION, LINEAR, attention_error, linear_error
 from benchmarks.error_table_plot import plot
-from benchmarks.error_table_record import ATTENTIONS, MATRICES, listening
+from benchmarks.error_table_record import ATTENTIONS, MATRICES, Recording, listening
+from benchmarks.error_table_smooth import kept_rows, smoothed_case, smoothed_cases
 from benchmarks.error_table_videos import fill, psnr
+from x2v_jax.checkpoint.calibration import Calibration
+from x2v_jax.checkpoint.names_smoothing import GROUPS
+from x2v_jax.checkpoint.smoothing import smoothing_factors
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import abstract, flatten, merge, split
 from x2v_jax.models.wan import WanModel
@@ -81,6 +86,47 @@ def test_a_quantized_network_is_filled_from_float_weights(network, quantization:
     again = np.asarray(filled[f"{name}.weight"], np.float32) * np.asarray(filled[f"{name}.scale"])[..., None]
     kernel = np.asarray(flatten(params)[f"{name}.kernel"])
     assert np.abs(again.swapaxes(1, 2) - kernel).max() < 0.04 * np.abs(kernel).max()
+
+
+def test_smoothing_takes_what_two_large_channels_cost():
+    x, kernel = (jax.random.normal(jax.random.key(i), (64, 64)) for i in range(2))
+    x = x.at[:, :2].multiply(50)
+    plain = linear_error("int8, W8A8", x, kernel, jnp.zeros(64))
+    case = smoothed_case(x, kernel, jnp.zeros(64), jnp.abs(x).max(0), jnp.abs(kernel).max(1))
+    np.testing.assert_allclose(case[0] @ case[1], x @ kernel, rtol=1e-3, atol=1e-2)
+    assert linear_error("int8, W8A8", *case) < plain / 2
+
+
+def test_recorded_matrices_of_one_input_share_its_factors():
+    rng = np.random.default_rng(0)
+    cases = {
+        name: [
+            tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8), (8, 8), (8,))) for _ in range(4)
+        ]
+        for name in MATRICES
+    }
+    maxima = {name: np.exp(rng.standard_normal((2, 8))).astype(np.float32) for name in GROUPS}
+    even = list(smoothed_cases(Recording(cases, {}), Calibration(maxima, {}, pathlib.Path("c"))))
+    plain = [case for own in cases.values() for case in own]
+    assert len(even) == len(plain) == 40
+    by_name = dict(zip(cases, (even[i : i + 4] for i in range(0, 40, 4)), strict=True))
+    largest = np.max([np.abs(cases[name][3][1]).max(1) for name in ("self q", "self k", "self v")], axis=0)
+    s = smoothing_factors(maxima["self_attn.q"][1], largest, 0.5)
+    for name in ("self q", "self k", "self v"):  # the fourth is the second of two layers, in the second step
+        np.testing.assert_allclose(by_name[name][3][0], cases[name][3][0] / s, rtol=1e-6)
+        np.testing.assert_allclose(by_name[name][3][1], cases[name][3][1] * s[:, None], rtol=1e-6)
+    for name in ("cross k", "cross v", "ffn 2"):
+        assert by_name[name] == cases[name]
+
+
+def test_rows_of_variants_that_are_not_measured_stay():
+    report = {
+        "date": "then",
+        "videos": [_video("bfloat16", 0.99), _video("int8", 0.98), _video("fp8", 0.9) | {"n": 10}],
+    }
+    kept = kept_rows(report, ["int8"], 200)
+    assert kept == [report["videos"][0] | {"measured": "then"}]
+    assert kept_rows({"date": "now", "videos": kept}, [], 200) == kept
 
 
 def test_decibels_of_equal_videos_are_as_many_as_there_are():

@@ -118,7 +118,7 @@ def test_references_in_a_circle(tmp_path):
     ("changes", "message"),
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"format_version": 3}, "format_version is 3, and this program reads up to 2; update it"),
+        ({"format_version": 4}, "format_version is 4, and this program reads up to 3; update it"),
         ({"format_version": "new"}, "format_version is 'new'"),
         ({"components": []}, "components is not"),
         ({"components": {"rogue": {}}}, "components is not"),

@@ -1,4 +1,4 @@
-"""The causal VAE: chunked equals whole, the future is invisible, and both forms of its convolution agree."""
+"""The causal VAE: chunked equals whole, the future is invisible, and its convolutions are those of three axes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.functional import abstract, merge, parameter_count, split
 from x2v_jax.models.vae import WanVae
-from x2v_jax.models.vae_blocks import _conv3d, _conv3d_as_2d
+from x2v_jax.models.vae_blocks import conv3d_valid_in_time
 from x2v_jax.models.vae_tiling import decode_in_chunks, decode_tiled
 
 CONFIG = VaeConfig(dim=4, num_res_blocks=1)
@@ -70,10 +70,16 @@ def test_no_gradient_flows_from_a_pixel_to_later_latent_frames(vae: WanVae, late
     assert jnp.any(gradient[:, 1] != 0)
 
 
-def test_both_forms_of_the_convolution_agree():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 7, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
-    np.testing.assert_allclose(_conv3d_as_2d(x, kernel), _conv3d(x, kernel), atol=1e-4)
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_convolutions_of_three_frames_are_those_of_three_axes(frames: int):
+    before, x, kernel = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 2, 5, 4, 3), (2, frames, 5, 4, 3), (3, 3, 3, 3, 6)])
+    )
+    layout = ("NDHWC", "DHWIO", "NDHWC")
+    joined = jnp.concatenate([before, x], axis=1)
+    exact = jax.lax.conv_general_dilated(joined, kernel, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=layout)
+    np.testing.assert_allclose(conv3d_valid_in_time(before, x, kernel), exact, atol=1e-4)
 
 
 def test_frame_counts_other_than_4n_plus_1_are_refused(vae: WanVae, video: jax.Array):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import x2v_jax
+from x2v_jax.checkpoint.calibration import ABOUT
 from x2v_jax.checkpoint.hashing import HashThread
 from x2v_jax.checkpoint.native_writer import (
     check_destination,
@@ -47,9 +48,10 @@ def convert(
     check_destination(pathlib.Path(destination), options.overwrite)
     plan = make_plan(source, options, destination)
     loras = [pathlib.Path(path) for path, _ in options.loras]
+    recorded = [plan.calibration.path] if plan.calibration is not None else []
     with (
         complete_folder(pathlib.Path(destination), overwrite=options.overwrite, nbytes=plan.nbytes) as folder,
-        HashThread([*plan.source_files, *loras]) as hashes,
+        HashThread([*plan.source_files, *loras, *recorded]) as hashes,
     ):
         entries = _write(plan, folder, on_progress)
         bad = ", ".join(plan.findings.nonfinite)
@@ -68,6 +70,13 @@ def convert(
                 ),
             ],
         }
+        if plan.calibration is not None:
+            file, about = plan.calibration.path, plan.calibration.about
+            provenance["calibration"] = {
+                "file": file.name,
+                "sha256": results[file]["sha256"],
+                **{name: about[name] for name in ABOUT if name in about},
+            }
         write_model_json(
             folder,
             task=plan.task,
@@ -76,6 +85,7 @@ def convert(
             components=entries,
             provenance=provenance,
             quantization=plan.quantizations,
+            smoothing=plan.smoothing,
         )
     return plan.notes + ((f"NaN or infinity kept in {bad}",) if bad else ())
 
@@ -95,6 +105,7 @@ def _write(plan: Plan, folder: pathlib.Path, on_progress: Progress) -> dict[str,
             plan.opened[component].config,
             streams,
             quantization=plan.quantizations.get(component),
+            smoothed=component in plan.smoothing,
             on_bytes=on_bytes,
         )
         for component, streams in plan.streams.items()

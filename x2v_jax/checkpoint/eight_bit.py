@@ -7,7 +7,7 @@ takes them away from zero. Scales are float32 whatever the weight's type, where 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -27,31 +27,56 @@ _SMALLEST = np.float32(1e-5)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Factors:
+    """What the columns [in] and the rows [out] of a matrix are multiplied by, float32; None: nothing."""
+
+    columns: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def apply(self, floats: np.ndarray, part: slice = slice(None)) -> None:
+        """Multiplies the rows `part` of the matrix, which are what is given, in place."""
+        if self.columns is not None:
+            floats *= self.columns
+        if self.rows is not None:
+            floats *= self.rows[part, np.newaxis]
+
+
+NO_FACTORS = Factors()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class EightBit:
     """A matrix as a file has it. values: [out, in], int8 or float8_e4m3fn. scale: [out], float32 when it is read.
 
     scale_dtype: what the file keeps the scales in; None where it has none, which means 1.
+    undo: what the product of both is still to be multiplied by, where factors went into a matrix before its 8 bits.
     """
 
     values: LazyTensor
     scale: LazyTensor
     scale_dtype: str | None
+    undo: Callable[[], Factors] = lambda: NO_FACTORS
 
     @property
     def quantization(self) -> str:
         return self.values.dtype.name
 
     def read(self) -> np.ndarray:
-        """values * scale, float32."""
-        return dequantize(self.values.read(), self.scale.read())
+        """The weight that this stands for, float32."""
+        floats = dequantize(self.values.read(), self.scale.read())
+        self.undo().apply(floats)
+        return floats
 
 
-def quantize(weight: np.ndarray, quantization: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+def quantize(
+    weight: np.ndarray, quantization: str, name: str, factors: Factors = NO_FACTORS
+) -> tuple[np.ndarray, np.ndarray]:
     """A matrix [out, in] of floats -> (values [out, in] in 8 bits, scale [out] float32).
 
     Args:
         quantization: one of `names.QUANTIZATIONS`.
         name: of the weight, for the message.
+        factors: multiplied in first.
 
     Raises:
         UserError: NaN or infinity.
@@ -63,6 +88,7 @@ def quantize(weight: np.ndarray, quantization: str, name: str) -> tuple[np.ndarr
         part = slice(start, start + len(rows))
         start += len(rows)
         floats = np.array(rows, np.float32)
+        factors.apply(floats, part)
         largest = np.abs(floats).max(1, initial=0)
         if not np.isfinite(largest).all():
             raise UserError(

@@ -82,6 +82,12 @@ def export(
     ):
         raise UserError(f"{destination} is a converted checkpoint; choose another destination to export to")
     present = [c for c in COMPONENTS if native.has(c)]
+    if smoothed := [c for c in present if native.smoothing(c) is not None]:
+        raise UserError(
+            f"--layout {layout}: no published layout has a place for the factors of the smoothed {smoothed[0]}; export "
+            "a checkpoint that was quantized without --smooth, or multiply this one out first with `python -m convert "
+            "wan … --quantize none`"
+        )
     quantized = [c for c in present if native.quantization(c)]
     if quantized and layout != "lightx2v":
         raise UserError(

@@ -34,7 +34,8 @@ _LAYOUTS = {
 class Network:
     """One network of a path.
 
-    quantization: the type of its matrices where they can be run in 8 bits. problems: why it cannot be converted, empty
+    quantization: the type of its matrices where they can be run in 8 bits. smoothing: the alpha that they were smoothed
+    with before, None where they were not. problems: why it cannot be converted, empty
     when it can.
     """
 
@@ -49,6 +50,7 @@ class Network:
     config: Mapping[str, Any] | None
     problems: tuple[str, ...] = ()
     quantization: str | None = None
+    smoothing: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +74,15 @@ class Description:
         return dataclasses.asdict(self)
 
 
-Memory = Callable[[Mapping[str, Any], Schedule, Collection[str]], Mapping[str, int]]
+Memory = Callable[[Mapping[str, Any], Schedule, Collection[str], Collection[str]], Mapping[str, int]]
 
 
-def inspect(path: str | pathlib.Path, memory: Memory = lambda configs, schedule, quantized: {}) -> Description:
+def inspect(path: str | pathlib.Path, memory: Memory = lambda *sizes: {}) -> Description:
     """Describes a file or folder; reads names and headers only.
 
     Args:
-        memory: predicts the bytes of each phase of a run from the networks' configs, the schedule, and which networks
-            are 8-bit.
+        memory: predicts the bytes of each phase of a run from the networks' configs, the schedule, which networks are
+            8-bit, and which of these are smoothed.
 
     Raises:
         UserError: it does not exist or a file in it is damaged.
@@ -176,6 +178,7 @@ def _native(checkpoint: NativeCheckpoint, memory: Memory) -> Description:
                 config.to_dict(),
                 problems,
                 checkpoint.quantization(component),
+                checkpoint.smoothing(component),
             )
         )
     tokenizer = checkpoint.tokenizer_file()
@@ -212,7 +215,9 @@ def _describe(
     present = {network.component for network in networks} | ({"tokenizer"} if tokenizer else set())
     image = transformer is not None and transformer.model_type == "i2v"
     needed = ("transformer", "vae", "text_encoder", *(("image_encoder",) if image else ()), "tokenizer")
-    phases = dict(memory(configs, schedule, {network.component for network in networks if network.quantization}))
+    quantized = {network.component for network in networks if network.quantization}
+    smoothed = {network.component for network in networks if network.smoothing is not None}
+    phases = dict(memory(configs, schedule, quantized, smoothed))
     return Description(
         path=str(path),
         layout=kind,
@@ -270,8 +275,10 @@ def to_text(found: Description, counted: str = "") -> str:
             f"{network.naming} names; {dtypes}"
         )
         if network.quantization:
+            smoothed = "" if network.smoothing is None else f", smoothed with alpha {network.smoothing:g}"
             lines.append(
-                f"    matrices of the blocks: {network.quantization}; --layers tells of each, --against SRC of errors"
+                f"    matrices of the blocks: {network.quantization}{smoothed}; --layers tells of each, --against SRC "
+                "of errors"
             )
         lines += [f"    cannot be converted: {problem}" for problem in network.problems]
     if found.networks:

@@ -20,6 +20,7 @@ from x2v_jax.checkpoint.lora_file import SUFFIXES, LoraFile
 from x2v_jax.checkpoint.lora_plan import Change, TensorLike, plan_merge
 from x2v_jax.checkpoint.lora_report import LoraFileReport, LoraReport, Misfit, requantized
 from x2v_jax.checkpoint.names import Row
+from x2v_jax.checkpoint.names_smoothing import is_smoothed
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
 
@@ -119,6 +120,12 @@ def merge_into_native(
     Raises:
         UserError: as `merge_into`.
     """
+    if loras and is_smoothed(tensors):
+        raise UserError(
+            f"lora: {loras[0][0].path} cannot be merged into a smoothed 8-bit checkpoint, whose weights hold factors "
+            "of its activations; merge it into the 16- or 32-bit checkpoint and quantize the result: `python -m "
+            "convert wan SRC DST --lora FILE --quantize int8 --smooth CALIBRATION`"
+        )
     quantization = quantization_of(tensors)
     present = [row for row in rows if row.native in tensors]
     eight_bit = [row for row in rows if row.native not in tensors and row.is_quantizable and quantization]

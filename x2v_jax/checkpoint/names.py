@@ -140,7 +140,7 @@ def official_shapes(component: str, config: Any) -> dict[str, Shape]:
 
 
 def native_shapes(component: str, config: Any, quantization: str | None = None) -> dict[str, Shape]:
-    """Parameter name -> shape."""
+    """Parameter name -> shape. What smoothing adds is in `names_smoothing`."""
     return {row.native: row.native_shape for row in table(component, config, quantization)}
 
 

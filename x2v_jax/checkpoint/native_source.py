@@ -46,6 +46,13 @@ def open_native_source(
             opened[name] = open_native(native, name)
         elif not own:
             taken[name] = native
+    if "transformer" in opened and native.smoothing("transformer") is not None and options.quantize != "none":
+        asked = "--lora" if options.loras else f"--dtype {options.dtype}" if options.dtype != "keep" else "--quantize"
+        raise UserError(
+            f"{asked}: the transformer of {native.path} is smoothed, and its 8-bit weights are not written anew; "
+            "convert the 16- or 32-bit weights with all that is wanted (--lora, --quantize, --smooth), or give "
+            "--quantize none to multiply these out"
+        )
     return opened, taken
 
 

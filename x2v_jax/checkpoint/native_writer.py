@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 
 from x2v_jax.checkpoint.names import Config, native_shapes, parameter_count
+from x2v_jax.checkpoint.names_smoothing import smoothing_shapes
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
 
 FORMAT = "x2v-jax"
-# The version that holds 8-bit weights; checkpoints without any are still written as 1, which older programs read.
-FORMAT_VERSION = 2
+# The version that holds smoothed 8-bit weights. Checkpoints without such, or without any 8-bit weights, are written as
+# the version that held them first, so that older programs read what they can run and refuse the rest.
+FORMAT_VERSION = 3
+_FORMAT_VERSION_OF_8_BITS = 2
 _FORMAT_VERSION_OF_FLOATS = 1
 FAMILY = "wan2.1"
 MODEL_FILE = "model.json"
@@ -157,6 +160,7 @@ def write_component(
     tensors: Mapping[str, Streamed],
     *,
     quantization: str | None = None,
+    smoothed: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def write_component(
 
     A shard takes tensors in order until it is full. A tensor is never split: one above the limit has its own shard.
     """
-    check_names(component, config, {name: tensor.shape for name, tensor in tensors.items()}, quantization)
+    check_names(component, config, {name: tensor.shape for name, tensor in tensors.items()}, quantization, smoothed)
     shards = _shards(tensors, shard_bytes)
     files = []
     for number, names in enumerate(shards, 1):
@@ -188,10 +192,14 @@ def write_component(
 
 
 def check_names(
-    component: str, config: Config, shapes: Mapping[str, tuple[int, ...]], quantization: str | None = None
+    component: str,
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    quantization: str | None = None,
+    smoothed: bool = False,
 ) -> None:
     """Raises a UserError that names every parameter that is missing, unknown or of another shape."""
-    expected = native_shapes(component, config, quantization)
+    expected = native_shapes(component, config, quantization) | (smoothing_shapes(config) if smoothed else {})
     wrong = [f"{name} is missing" for name in expected if name not in shapes]
     wrong += [f"{name} is unknown" for name in shapes if name not in expected]
     wrong += [
@@ -230,17 +238,22 @@ def write_model_json(
     components: Mapping[str, Any],
     provenance: Mapping[str, Any],
     quantization: Mapping[str, str] | None = None,
+    smoothing: Mapping[str, float] | None = None,
 ) -> None:
-    """quantization: component -> "int8" or "float8_e4m3fn", of those in 8 bits."""
+    """quantization: component -> "int8" or "float8_e4m3fn", of those in 8 bits. smoothing: component -> alpha."""
+    quantized: dict[str, dict[str, Any]] = {name: {"dtype": dtype} for name, dtype in (quantization or {}).items()}
+    for name, alpha in (smoothing or {}).items():
+        quantized[name]["smoothing"] = alpha
+    version = FORMAT_VERSION if smoothing else _FORMAT_VERSION_OF_8_BITS if quantized else _FORMAT_VERSION_OF_FLOATS
     model = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if quantization else _FORMAT_VERSION_OF_FLOATS,
+        "format_version": version,
         "family": FAMILY,
         "task": task,
         "variant": variant,
         "components": dict(components),
         "schedule": schedule.to_dict(),
-        "quantization": {name: {"dtype": dtype} for name, dtype in (quantization or {}).items()} or None,
+        "quantization": quantized or None,
         "provenance": dict(provenance),
     }
     path = folder / MODEL_FILE

@@ -12,6 +12,7 @@ from x2v_jax.checkpoint.layouts import Source, declared
 from x2v_jax.checkpoint.names import Row, table
 from x2v_jax.checkpoint.native_writer import MODEL_FILE
 from x2v_jax.checkpoint.sizes import infer_config
+from x2v_jax.checkpoint.smoothed_source import without_smoothing
 from x2v_jax.checkpoint.sources import Kind, OfficialTensors, RawTensors, to_official
 from x2v_jax.checkpoint.store import NativeCheckpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
@@ -49,7 +50,7 @@ def _with_empty_head(found: OfficialTensors, config: ClipConfig) -> OfficialTens
 
 
 def open_native(native: NativeCheckpoint, component: str) -> Opened:
-    """A network of a native checkpoint, its own or one that it refers to.
+    """A network of a native checkpoint, its own or one that it refers to. Smoothing is undone, up to rounding.
 
     Raises:
         UserError: as `NativeCheckpoint.tensors`.
@@ -60,11 +61,14 @@ def open_native(native: NativeCheckpoint, component: str) -> Opened:
         component, tuple(native.files(component)), "official", variant, config_file=holder.path / MODEL_FILE
     )
     raw = RawTensors(official_tensors(native, component))
-    return Opened(source, native.config(component), to_official(raw, Kind(component)))
+    config, found = native.config(component), to_official(raw, Kind(component))
+    if native.smoothing(component) is not None:
+        found = without_smoothing(found, config, native.smoothing_inverses(component))
+    return Opened(source, config, found)
 
 
 def official_tensors(native: NativeCheckpoint, component: str) -> dict[str, LazyTensor]:
-    """The tensors of a native component under official names and in official axes, read one at a time.
+    """The tensors of a native component as stored, under official names and in official axes, read one at a time.
 
     Quantized weights have LightX2V's names: KEY.weight and KEY.weight_scale.
     """

@@ -16,6 +16,9 @@ class Options:
         quantize: "keep" (8-bit weights stay so, others stay floats), "none" (they are multiplied out), or "int8" or
             "fp8" (the matrices of the blocks of `quantize_components` become 8-bit).
         quantize_components: which networks "int8" and "fp8" mean; empty for the transformer alone.
+        smooth: a file of recorded activations (see `checkpoint.calibration`) by which the transformer is smoothed
+            before it becomes 8-bit.
+        smooth_alpha: how much of the unevenness goes from activations to weights, 0 to 1; None for the usual.
         loras: (file, strength), merged into the transformer.
         allow_partial: merge what fits of a LoRA.
         schedule: a published name, JSON, or a JSON file that replaces fields of the variant's schedule.
@@ -31,6 +34,8 @@ class Options:
     dtype: str = "keep"
     quantize: str = "keep"
     quantize_components: tuple[str, ...] = ()
+    smooth: str | None = None
+    smooth_alpha: float | None = None
     loras: tuple[tuple[str, float], ...] = ()
     allow_partial: bool = False
     schedule: str | None = None

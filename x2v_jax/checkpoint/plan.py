@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from x2v_jax.checkpoint.calibration import Calibration
 from x2v_jax.checkpoint.file_sets import read_json
 from x2v_jax.checkpoint.layouts import Layout, recognise
 from x2v_jax.checkpoint.lora import LoraFile, merge_into
@@ -18,6 +19,7 @@ from x2v_jax.checkpoint.options import Options
 from x2v_jax.checkpoint.quantization_plan import choose_quantization
 from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule, override_schedule, resolution_in
 from x2v_jax.checkpoint.selection import select
+from x2v_jax.checkpoint.smoothing_plan import check_smoothing, choose_smoothing
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.streaming import Findings, stream
 from x2v_jax.checkpoint.tensors import LazyTensor
@@ -31,14 +33,17 @@ Lenders = dict[str, NativeCheckpoint]
 class Plan:
     """All that a conversion will do.
 
-    quantizations: of the components that are 8-bit in the result. earlier_loras: entries of the provenance, of those
-    that a native source has merged already. notes: sentences for the user. findings: filled while streams are read.
+    quantizations: of the components that are 8-bit in the result. smoothing: component -> alpha, of those that are
+    smoothed. calibration: the recording by which they are. earlier_loras: entries of the provenance, of those that a
+    native source has merged already. notes: sentences for the user. findings: filled while streams are read.
     """
 
     layout: Layout
     opened: Mapping[str, Opened]
     streams: Mapping[str, Mapping[str, Streamed]]
     quantizations: Mapping[str, str]
+    smoothing: Mapping[str, float]
+    calibration: Calibration | None
     references: Mapping[str, str]
     tokenizer: pathlib.Path | None
     task: str | None
@@ -65,6 +70,7 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
     Raises:
         UserError: as `convert.convert`.
     """
+    check_smoothing(options)
     layout = recognise(pathlib.Path(source))
     native = open_checkpoint(layout.path) if layout.kind == "native" else None
     notes: list[str] = []
@@ -85,10 +91,12 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
     if options.loras:
         quantization = quantizations.get("transformer")
         tensors["transformer"] = _merge_loras(opened.get("transformer"), options, quantization, notes)
+    smoother, calibration = choose_smoothing(opened, tensors, quantizations, options, notes)
     findings = Findings()
     streams: dict[str, dict[str, Streamed]] = {}
     for name, one in opened.items():
-        streams[name], mixed = stream(one, tensors[name], options.dtype, quantizations[name], findings)
+        own = smoother if name == "transformer" else None
+        streams[name], mixed = stream(one, tensors[name], options.dtype, quantizations[name], findings, own)
         if mixed:
             notes.append(f"{name}: {mixed} parameters have layers of several types; they are stored as the widest")
     if native is None:
@@ -104,6 +112,8 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
         opened=opened,
         streams=streams,
         quantizations={name: q for name, q in quantizations.items() if q},
+        smoothing={} if smoother is None else {"transformer": smoother.alpha},
+        calibration=calibration,
         references=_references(lenders, pathlib.Path(destination)),
         tokenizer=tokenizer,
         task=transformer.model_type if transformer else None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from x2v_jax.checkpoint.arrays import row_pieces
-from x2v_jax.checkpoint.eight_bit import LARGEST, EightBit, dequantize
+from x2v_jax.checkpoint.eight_bit import LARGEST, NO_FACTORS, EightBit, dequantize
 from x2v_jax.checkpoint.layouts import Source, recognise
 from x2v_jax.checkpoint.names import QUANTIZABLE
 from x2v_jax.checkpoint.opened import Opened, open_native, open_source
@@ -27,6 +27,7 @@ class MatrixReport:
         component, key: which; the official key.
         dtype: "int8" or "float8_e4m3fn".
         smallest_scale, largest_scale: of its rows.
+        smoothed: whether factors went into it before its 8 bits. Errors are of the weight without them, as it was.
         saturated, zeros: shares of the values that are the largest, and zero. A row's largest value always saturates.
         relative_error: root mean square of the error, over that of the source; None without a source.
         cosine: of the source and the multiplied-out matrix; None without a source.
@@ -39,6 +40,7 @@ class MatrixReport:
     largest_scale: float
     saturated: float
     zeros: float
+    smoothed: bool = False
     relative_error: float | None = None
     cosine: float | None = None
 
@@ -52,7 +54,7 @@ class MatrixReport:
     def __str__(self) -> str:
         text = (
             f"{self.key} {self.dtype}: scale {self.smallest_scale:.2e} to {self.largest_scale:.2e}, "
-            f"{self.saturated:.3%} saturated, {self.zeros:.2%} zero"
+            f"{self.saturated:.3%} saturated, {self.zeros:.2%} zero{', smoothed' if self.smoothed else ''}"
         )
         if self.relative_error is not None:
             text += f"; error {self.relative_error:.2%} ({self.decibels:.1f} dB), cosine {self.cosine:.6f}"
@@ -112,7 +114,7 @@ def _in_order(key: str) -> list[tuple[int, str]]:
 
 
 def _report(component: str, key: str, matrix: EightBit, source: LazyTensor | None) -> MatrixReport:
-    values, scale = matrix.values.read(), matrix.scale.read()
+    values, scale, undo = matrix.values.read(), matrix.scale.read(), matrix.undo()
     largest = LARGEST[matrix.quantization]
     saturated = zeros = 0
     sums = np.zeros(4)  # of error^2, source^2, restored^2, source * restored
@@ -125,7 +127,9 @@ def _report(component: str, key: str, matrix: EightBit, source: LazyTensor | Non
         saturated += int((magnitudes >= largest).sum())
         zeros += int((magnitudes == 0).sum())
         if floats is not None:
-            sums += _sums(floats[part].astype(np.float32), dequantize(rows, scale[part]))
+            restored = dequantize(rows, scale[part])
+            undo.apply(restored, part)
+            sums += _sums(floats[part].astype(np.float32), restored)
     report = MatrixReport(
         component,
         key,
@@ -134,6 +138,7 @@ def _report(component: str, key: str, matrix: EightBit, source: LazyTensor | Non
         float(scale.max(initial=0)),
         saturated / max(1, values.size),
         zeros / max(1, values.size),
+        undo != NO_FACTORS,
     )
     if floats is None:
         return report

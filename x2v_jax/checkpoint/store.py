@@ -12,6 +12,7 @@ from x2v_jax.checkpoint.arrays import cast, is_float
 from x2v_jax.checkpoint.file_sets import is_plain_name, read_json
 from x2v_jax.checkpoint.layouts import VARIANTS
 from x2v_jax.checkpoint.names import COMPONENTS, CONFIGS, QUANTIZABLE, QUANTIZATIONS, SCALE, table
+from x2v_jax.checkpoint.names_smoothing import ASIDE, GROUPS
 from x2v_jax.checkpoint.native_writer import (
     FORMAT,
     FORMAT_VERSION,
@@ -98,6 +99,18 @@ class NativeCheckpoint:
         Raises:
             UserError: the component or a file is missing or damaged, or parameters do not fit the config.
         """
+        return {name: tensor for name, tensor in self._stored(component).items() if not name.startswith(ASIDE)}
+
+    def smoothing_inverses(self, component: str) -> dict[str, LazyTensor]:
+        """Name in `names_smoothing.GROUPS` -> 1 / factor [layers, D] of a smoothed component.
+
+        Raises:
+            UserError: as `tensors`.
+        """
+        stored = self._stored(component)
+        return {name: stored[group.stored] for name, group in GROUPS.items()}
+
+    def _stored(self, component: str) -> dict[str, LazyTensor]:
         holder, _ = self._entry(component)
         tensors: dict[str, LazyTensor] = {}
         for path in self.files(component):
@@ -108,8 +121,9 @@ class NativeCheckpoint:
                     raise UserError(f"{path}: {name} is in another file of the checkpoint too; convert it again")
                 tensors[name] = tensor
         config, quantization = self.config(component), self.quantization(component)
+        smoothed = self.smoothing(component) is not None
         try:
-            check_names(component, config, {name: t.shape for name, t in tensors.items()}, quantization)
+            check_names(component, config, {name: t.shape for name, t in tensors.items()}, quantization, smoothed)
             _check_types(component, tensors, quantization)
         except UserError as error:
             raise UserError(f"{holder.path}: {error}; convert the checkpoint again") from None
@@ -119,6 +133,11 @@ class NativeCheckpoint:
         """The 8-bit type of the matrices of a component's blocks, "int8" or "float8_e4m3fn"; None for floats."""
         entry = (self._entry(component)[0].model.get("quantization") or {}).get(component)
         return entry["dtype"] if entry else None
+
+    def smoothing(self, component: str) -> float | None:
+        """The alpha that an 8-bit component was smoothed with (see `checkpoint.smoothing`); None where it was not."""
+        entry = (self._entry(component)[0].model.get("quantization") or {}).get(component)
+        return entry.get("smoothing") if entry else None
 
     def files(self, component: str) -> list[pathlib.Path]:
         """The files of a component, in this folder or the one that it refers to."""
@@ -180,7 +199,7 @@ class NativeCheckpoint:
                 "16- or 32-bit weights, or multiply it out with `python -m convert wan … --quantize none`"
             )
         rows = table(component, self.config(component), quantization)
-        scales = {row.native for row in rows if row.transform == SCALE}
+        scales = {row.native for row in rows if row.transform == SCALE} | {group.stored for group in GROUPS.values()}
         target = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree: dict[str, Any] = {}
@@ -228,6 +247,8 @@ def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization
             raise UserError(f"{component}: {name} is {own}, and by model.json it is {wanted or 'a float'}")
         if own != "float32" and name.endswith(".scale") and f"{name.removesuffix('scale')}weight" in tensors:
             raise UserError(f"{component}: {name} is {own}, and scales of 8-bit weights are float32")
+        if own != "float32" and any(name == group.stored for group in GROUPS.values()):
+            raise UserError(f"{component}: {name} is {own}, and factors of smoothing are float32")
 
 
 def _check_quantization(file: pathlib.Path, entries: Any) -> None:
@@ -241,6 +262,13 @@ def _check_quantization(file: pathlib.Path, entries: Any) -> None:
             raise UserError(
                 f"{file}: quantization of {component} is {dtype!r}; this program runs {' and '.join(QUANTIZATIONS)} "
                 f"for {', '.join(QUANTIZABLE)}. Update it, or convert the checkpoint again"
+            )
+        alpha = entry.get("smoothing")
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+        if alpha is not None and not (number and component == "transformer"):
+            raise UserError(
+                f"{file}: smoothing of {component} is {alpha!r}; transformers have a number from 0 to 1, other "
+                "networks none. Convert the checkpoint again"
             )
 
 

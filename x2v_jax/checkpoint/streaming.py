@@ -11,10 +11,11 @@ import numpy as np
 
 from x2v_jax.checkpoint.arrays import cast, contiguous, has_nonfinite, row_pieces
 from x2v_jax.checkpoint.eight_bit import DTYPES as EIGHT_BIT_DTYPES
-from x2v_jax.checkpoint.eight_bit import quantize
+from x2v_jax.checkpoint.eight_bit import NO_FACTORS, quantize
 from x2v_jax.checkpoint.names import Row, table
 from x2v_jax.checkpoint.native_writer import Streamed
 from x2v_jax.checkpoint.opened import Opened
+from x2v_jax.checkpoint.smoothing import Smoother
 from x2v_jax.checkpoint.sources import OfficialTensors
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
@@ -34,7 +35,12 @@ class Findings:
 
 
 def stream(
-    one: Opened, tensors: Mapping[str, LazyTensor], dtype: str, quantization: str | None, findings: Findings
+    one: Opened,
+    tensors: Mapping[str, LazyTensor],
+    dtype: str,
+    quantization: str | None,
+    findings: Findings,
+    smoother: Smoother | None = None,
 ) -> tuple[dict[str, Streamed], int]:
     """The parameters of a component as streams, which must be read in the order given: scales come of their weights.
 
@@ -44,6 +50,7 @@ def stream(
         dtype: "keep" or a name of DTYPES, of what is not 8-bit in the result. Kept, 8-bit weights that are multiplied
             out become bfloat16, and where the layers of a parameter differ in type, it becomes float32.
         quantization: the 8-bit type of the blocks' matrices, None for floats.
+        smoother: of the floats that become 8-bit. The biases and the norm that take its factors become float32.
 
     Returns:
         Parameter name -> stream, and the number of parameters whose layers differ in type.
@@ -54,9 +61,12 @@ def stream(
     mixed = 0
     for row in table(one.source.component, one.config):
         if quantization is not None and row.is_quantizable:
-            matrices = _Matrices(row, found, tensors, quantization, findings)
+            matrices = _Matrices(row, found, tensors, quantization, findings, smoother)
             streams |= matrices.streams()
             scales.add(matrices.scale_row.native)
+            continue
+        if smoother is not None and smoother.takes(row):
+            streams[row.native] = _folded(row, found, tensors, smoother, findings)
             continue
         types = {DTYPES["bfloat16"] if key in found.quantized else tensors[key].dtype for key in row.official_keys}
         mixed += len(types) > 1
@@ -67,6 +77,8 @@ def stream(
                 yield from _pieces(row, tensors[key], target, _own(found, key), findings)
 
         streams[row.native] = Streamed(row.native_shape, target, pieces)
+    if smoother is not None:
+        streams |= smoother.streams()
     order = sorted(streams, key=lambda n: n.removesuffix("scale") + "weight_scale" if n in scales else n)
     return {name: streams[name] for name in order}, mixed if dtype == "keep" else 0
 
@@ -81,8 +93,10 @@ class _Matrices:
         tensors: Mapping[str, LazyTensor],
         quantization: str,
         findings: Findings,
+        smoother: Smoother | None,
     ):
         self.row = row
+        self._smoother = smoother
         self.weight_row, self.scale_row = row.quantized()
         self._found, self._tensors, self._findings = found, tensors, findings
         self._quantization = quantization
@@ -97,20 +111,34 @@ class _Matrices:
 
     def _weights(self) -> Iterator[np.ndarray]:
         self._scales.clear()
-        for key in self.row.official_keys:
-            values, scale = self._layer(key)
+        for layer, key in enumerate(self.row.official_keys):
+            values, scale = self._layer(layer, key)
             self._scales.append(scale[np.newaxis])
             yield values[np.newaxis]
 
-    def _layer(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def _layer(self, layer: int, key: str) -> tuple[np.ndarray, np.ndarray]:
         own = _own(self._found, key)
         stored = self._found.kept.get(key)
         if stored is None or self._tensors[key] is not self._found.tensors[key]:  # floats, or changed by a LoRA
-            return quantize(self._tensors[key].read(), self._quantization, own)
+            factors = NO_FACTORS if self._smoother is None else self._smoother.matrix(self.row, layer)
+            return quantize(self._tensors[key].read(), self._quantization, own, factors)
         values, scale = stored.values.read(), stored.scale.read()
         if has_nonfinite(values) or has_nonfinite(scale):
             self._findings.nonfinite.append(own)
         return contiguous(values), scale
+
+
+def _folded(
+    row: Row, found: OfficialTensors, tensors: Mapping[str, LazyTensor], smoother: Smoother, findings: Findings
+) -> Streamed:
+    """A bias or a norm's parameter, times the inverse of the factors behind it."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        for layer, key in enumerate(row.official_keys):
+            for values in _pieces(row, tensors[key], DTYPES["float32"], _own(found, key), findings):
+                yield values * smoother.vector(row, layer)
+
+    return Streamed(row.native_shape, DTYPES["float32"], pieces)
 
 
 def _own(found: OfficialTensors, key: str) -> str:

@@ -20,6 +20,7 @@ from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.host_blocks import lie_on_host, map_from_host
 from x2v_jax.models.layers import LayerNorm, Linear, Quantization, Remat, normalize, scan_blocks, stacked
+from x2v_jax.models.observe import in_layer, is_listening
 from x2v_jax.models.rope import rope_tables, rope_tables_at
 from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
 from x2v_jax.ops.attention import Span
@@ -82,6 +83,7 @@ class WanModel(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         quantization: Quantization = None,
+        smoothed: bool = False,
         ops: OpChoice = DEFAULT_OPS,
     ):
         """A new model.
@@ -91,6 +93,7 @@ class WanModel(nnx.Module):
             param_dtype: of the parameters.
             remat: what gradients keep of each block; see `layers.scan_blocks`.
             quantization: what the blocks' matrices are stored as; such a model is to be filled from a checkpoint.
+            smoothed: whether the matrices' columns were multiplied by factors that the blocks undo; see `Block`.
             ops: who computes attention and 8-bit matmuls.
         """
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
@@ -105,7 +108,9 @@ class WanModel(nnx.Module):
         if config.model_type == "i2v":
             self.img_emb = _ImageEmbedding(config.clip_dim, dim, rngs=rngs, **dtypes)
         self.blocks = stacked(
-            lambda rngs: Block(config, rngs=rngs, quantization=quantization, ops=ops, **dtypes), config.num_layers, rngs
+            lambda rngs: Block(config, rngs=rngs, quantization=quantization, smoothed=smoothed, ops=ops, **dtypes),
+            config.num_layers,
+            rngs,
         )
         self.head = _Head(config, rngs=rngs, param_dtype=param_dtype)
 
@@ -136,9 +141,7 @@ class WanModel(nnx.Module):
         image = self._embed_image(image_features)
         rope = rope_tables(grid, self.config.head_dim)
         spans = None if causal is None else _spans(causal, grid)
-        x = scan_blocks(
-            self.blocks, x, lambda block, x: block(x, block_time, text, image, rope, spans), remat=self.remat
-        )
+        x = _scan(self.blocks, x, lambda block, x: block(x, block_time, text, image, rope, spans), remat=self.remat)
         return _unpatchify(self.head(x, time), grid, self.config.patch_size)
 
     def cross_keys(self, text: Float[Array, "b l t"], image_features: Float[Array, "b n i"] | None = None) -> CrossKeys:
@@ -177,7 +180,7 @@ class WanModel(nnx.Module):
             return block.with_cache(x, block_time, keys, rope, cache, layer, start_frame, end_frame)
 
         inputs = (jnp.arange(self.config.num_layers), context)
-        x, cache = scan_blocks(self.blocks, (x, cache), apply, inputs=inputs)
+        x, cache = _scan(self.blocks, (x, cache), apply, inputs=inputs)
         return _unpatchify(self.head(x, time), grid, self.config.patch_size), cache
 
     def after_frames(
@@ -205,7 +208,7 @@ class WanModel(nnx.Module):
         def apply(block: Block, x: Any, layer: Any) -> Any:
             return block.after(x, block_time, layer[0], rope, layer[1], layer[2], rows)
 
-        x = scan_blocks(self.blocks, x, apply, inputs=(context, keys, values), remat=self.remat)
+        x = _scan(self.blocks, x, apply, inputs=(context, keys, values), remat=self.remat)
         return _unpatchify(self.head(x, time), grid, self.config.patch_size)
 
     def _embed(self, latents: Array, timestep: Array) -> tuple[Tokens, Array, Array, tuple[int, int, int]]:
@@ -223,6 +226,20 @@ class WanModel(nnx.Module):
         if (self.config.model_type == "i2v") != (features is not None):
             raise ValueError(f"a {self.config.model_type} model takes image_features only if it is i2v")
         return None if features is None else self.img_emb(features)
+
+
+def _scan(blocks: Any, x: Any, apply: Any, *, inputs: Any = None, **options: Any) -> Any:
+    """`layers.scan_blocks`. Where somebody listens, each block says its number."""
+    if not is_listening():
+        return scan_blocks(blocks, x, apply, inputs=inputs, **options)
+
+    def numbered(block: Block, x: Any, given: Any) -> Any:
+        number, own = given
+        with in_layer(number):
+            return apply(block, x) if inputs is None else apply(block, x, own)
+
+    layers = blocks.modulation[...].shape[0]
+    return scan_blocks(blocks, x, numbered, inputs=(jnp.arange(layers), inputs), **options)
 
 
 def timestep_embedding(timestep: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:

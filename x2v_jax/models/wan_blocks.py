@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.layers import LayerNorm, RMSNorm, linear, named_output
+from x2v_jax.models.observe import observe
 from x2v_jax.models.rope import RopeTables
-from x2v_jax.ops.attention import Span, attention, attention_by_spans
+from x2v_jax.ops.attention import Span, attention, attention_by_spans, query_dtype
 from x2v_jax.ops.choice import OpChoice
 from x2v_jax.ops.fused_norms import rmsnorm_rope
 from x2v_jax.ops.linear_8bit import QuantizedRows
@@ -47,9 +48,12 @@ class CrossKeys(NamedTuple):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them. smoothed: see `Block`."""
 
-    def __init__(self, sizes: tuple[int, int, int], activation: Any, *, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self, sizes: tuple[int, int, int], activation: Any, *, rngs: nnx.Rngs, smoothed: bool = False, **options: Any
+    ):
+        self.smooth = _smooth(sizes[0]) if smoothed else None
         self.linear_1 = linear(sizes[0], sizes[1], rngs=rngs, **options)
         self.linear_2 = linear(sizes[1], sizes[2], rngs=rngs, **options)
         self.activation = activation
@@ -81,8 +85,14 @@ class _Attention(nnx.Module):
 
 
 class SelfAttention(_Attention):
+    """smoothed: see `Block`."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, smoothed: bool, **options: Any):
+        super().__init__(config, rngs=rngs, **options)
+        self.smooth = _smooth(config.dim) if smoothed else None
+
     def __call__(self, x: Prepared, rope: RopeTables, spans: Sequence[Span] | None = None) -> Tokens:
-        q, k, v = self.queries_keys_values(x, rope)
+        q, k, v = self.queries_keys_values(x, rope, in_8_bits=spans is None)
         y = attention(q, k, v, **self.how) if spans is None else attention_by_spans(q, k, v, spans, **self.how)
         return _without_heads(named_output(y))
 
@@ -103,10 +113,15 @@ class SelfAttention(_Attention):
         y = attention(q, keys, values, key_length=start_row + q.shape[1], **self.how)
         return _without_heads(named_output(y))
 
-    def queries_keys_values(self, x: Prepared, rope: RopeTables) -> tuple[Array, Array, Array]:
+    def queries_keys_values(
+        self, x: Prepared, rope: RopeTables, *, in_8_bits: bool = False
+    ) -> tuple[Any, Array, Array]:
+        """in_8_bits: queries come rounded, for an attention in 8 bits. Keys cannot: their mean has to be known."""
+        precision = self.ops.attention_precision
+        of_queries = query_dtype(precision) if in_8_bits and precision != "full" else self.dtype
         q, k = (
-            rmsnorm_rope(y, norm.scale[...], norm.eps, rope, dtype=self.dtype, implementation=self.ops.linear)
-            for y, norm in ((self.q(x), self.norm_q), (self.k(x), self.norm_k))
+            rmsnorm_rope(y, norm.scale[...], norm.eps, rope, dtype=dtype, implementation=self.ops.linear)
+            for y, norm, dtype in ((self.q(x), self.norm_q, of_queries), (self.k(x), self.norm_k, self.dtype))
         )
         return q, k, self.heads(self.v(x))
 
@@ -132,27 +147,33 @@ class CrossAttention(_Attention):
         own = self.k_img.prepare(image)
         return CrossKeys(k, v, self.heads(self.norm_k_img(self.k_img(own))), self.heads(self.v_img(own)))
 
-    def __call__(self, x: Prepared, keys: CrossKeys) -> Tokens:
+    def __call__(self, x: Prepared, keys: CrossKeys) -> Prepared:
         q = self.heads(self.norm_q(self.q(x)))
-        y = attention(q, keys.k, keys.v, **self.how)
+        y, of_image = _without_heads(attention(q, keys.k, keys.v, **self.how)), None
         if keys.k_img is not None and keys.v_img is not None:
-            y = y + attention(q, keys.k_img, keys.v_img, **self.how)
-        return _without_heads(named_output(y))
+            of_image = _without_heads(attention(q, keys.k_img, keys.v_img, **self.how))
+        return jax.tree.map(named_output, self.o.prepare(y, of_image))
 
 
 class Block(nnx.Module):
     """Self attention, cross attention and feed-forward, the first and last modulated by the timestep.
 
     time: [B, 6, D], or [B, F, 6, D] where every frame has its own timestep.
+
+    smoothed: the columns of q, k, v and of the first matrix of the feed-forward were multiplied by factors before they
+    were brought to 8 bits, and their inputs are divided by the same. The parameters `smooth` [D] hold 1 / factor. The
+    norms before these matrices have no weights that could take it, so the modulation does: a few vectors change, no
+    tokens. What other matrices have of the kind is in the weights before them; see `checkpoint.smoothing`.
     """
 
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, **options: Any):
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs, smoothed: bool = False, **options: Any):
         param_dtype = options["param_dtype"]
         self.modulation = nnx.Param(modulation_init(rngs, 6, config.dim, param_dtype))
-        self.self_attn = SelfAttention(config, rngs=rngs, **options)
+        self.self_attn = SelfAttention(config, rngs=rngs, smoothed=smoothed, **options)
         self.norm3 = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
         self.cross_attn = CrossAttention(config, rngs=rngs, **options)
-        self.ffn = Mlp((config.dim, config.ffn_dim, config.dim), jax.nn.gelu, rngs=rngs, **options)
+        sizes = (config.dim, config.ffn_dim, config.dim)
+        self.ffn = Mlp(sizes, jax.nn.gelu, rngs=rngs, smoothed=smoothed, **options)
         self.eps = config.eps
 
     def __call__(
@@ -164,7 +185,7 @@ class Block(nnx.Module):
         rope: RopeTables,
         spans: Sequence[Span] | None = None,
     ) -> Tokens:
-        parts = modulation_parts(self.modulation, time, x.shape[1])
+        parts = self._modulation(time, x.shape[1])
         y = self.self_attn(self._before_attention(x, parts), rope, spans)
         return self._after_attention(x, y, parts, self.cross_attn.keys(text, image))
 
@@ -179,7 +200,7 @@ class Block(nnx.Module):
         start_frame: Array,
         end_frame: Array,
     ) -> tuple[Tokens, Any]:
-        parts = modulation_parts(self.modulation, time, x.shape[1])
+        parts = self._modulation(time, x.shape[1])
         y = self._before_attention(x, parts)
         y, cache = self.self_attn.with_cache(y, rope, cache, layer, start_frame, end_frame)
         return self._after_attention(x, y, parts, keys), cache
@@ -194,31 +215,52 @@ class Block(nnx.Module):
         values: Array,
         start_row: Array,
     ) -> Tokens:
-        parts = modulation_parts(self.modulation, time, x.shape[1])
+        parts = self._modulation(time, x.shape[1])
         y = self.self_attn.after(self._before_attention(x, parts), rope, keys, values, start_row)
         return self._after_attention(x, y, parts, cross)
 
+    def _modulation(self, time: Array, tokens: int) -> list[Array]:
+        smooth = self.self_attn.smooth, self.ffn.smooth
+        if smooth[0] is None or smooth[1] is None:
+            return modulation_parts(self.modulation, time, tokens)
+        return modulation_parts(self.modulation, time, tokens, (smooth[0][...], smooth[1][...]))
+
     def _before_attention(self, x: Tokens, parts: Sequence[Array]) -> Prepared:
         shift, scale, *_ = parts
-        return self.self_attn.q.modulate(x, shift, scale, self.eps)
+        return observe("self_attn.q", self.self_attn.q.modulate(x, shift, scale, self.eps))
 
     def _after_attention(self, x: Tokens, y: Tokens, parts: Sequence[Array], keys: CrossKeys) -> Tokens:
         """y: what self attention gives, before its last projection."""
         _, _, gate_1, shift_2, scale_2, gate_2 = parts
-        x = self.self_attn.o.add_to(x, y, gate_1)
-        y = self.cross_attn(self.cross_attn.q.normalize(x, self.norm3), keys)
-        x = self.cross_attn.o.add_to(x, y)
-        y = self.ffn.linear_1.gelu(self.ffn.linear_1.modulate(x, shift_2, scale_2, self.eps))
-        return self.ffn.linear_2.add_to(x, y, gate_2)
+        x = self.self_attn.o.add_to(x, observe("self_attn.o", y), gate_1)
+        given = observe("cross_attn.q", self.cross_attn.q.normalize(x, self.norm3))
+        x = self.cross_attn.o.add_to(x, observe("cross_attn.o", self.cross_attn(given, keys)))
+        given = observe("ffn.linear_1", self.ffn.linear_1.modulate(x, shift_2, scale_2, self.eps))
+        return self.ffn.linear_2.add_to(x, self.ffn.linear_1.gelu(given), gate_2)
 
 
 def _without_heads(y: Array) -> Tokens:
     return y.reshape(*y.shape[:2], -1)
 
 
-def modulation_parts(modulation: nnx.Param, time: Array, tokens: int) -> list[Array]:
-    """The parts of modulation + time, each [B, 1, D], or [B, L, D] where time [B, F, parts, D] differs by frame."""
+def _smooth(dim: int) -> nnx.Param:
+    return nnx.Param(jnp.ones((dim,), jnp.float32))
+
+
+def modulation_parts(
+    modulation: nnx.Param, time: Array, tokens: int, smooth: tuple[Array, Array] | None = None
+) -> list[Array]:
+    """The parts of modulation + time, each [B, 1, D], or [B, L, D] where time [B, F, parts, D] differs by frame.
+
+    Args:
+        smooth: of a block's six parts (shift, scale, gate, twice), what the two modulated inputs [D] are multiplied by.
+    """
     parts = modulation[...].astype(jnp.float32) + time.astype(jnp.float32)
+    if smooth is not None:
+        # y (1 + scale) + shift, times f, is y (1 + scale') + shift' with these:
+        one, (first, second) = jnp.ones_like(smooth[0]), smooth
+        parts = parts * jnp.stack([first, first, one, second, second, one])
+        parts = parts.at[..., 1, :].add(first - 1).at[..., 4, :].add(second - 1)
     if time.ndim == 3:
         return jnp.split(parts, parts.shape[1], axis=1)
     return [jnp.repeat(part, tokens // time.shape[1], axis=1) for part in jnp.moveaxis(parts, 2, 0)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num
 
 from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, SCALE_BLOCK, Precision
@@ -103,8 +104,9 @@ def transposed_values(
     padded = -(-keys // block) * block
     v = jnp.pad(v, ((0, 0), (0, padded - keys), (0, 0), (0, 0)))
     if in_key_order:
-        halves = v.reshape(b, padded // 16, 2, 4, 2, h, d)
-        v = halves.transpose(0, 1, 3, 2, 4, 5, 6).reshape(b, padded, h, d)
+        v = v.reshape(b, padded // 16, 2, 4, 2, h, d).swapaxes(2, 3).reshape(b, padded, h, d)
+        # As one transposition of seven axes XLA would read every byte from another sector; a plain one it tiles.
+        v = with_layout_constraint(v, Layout((0, 1, 2, 3)))
     return v.transpose(0, 2, 3, 1)
 
 
