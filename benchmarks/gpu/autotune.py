@@ -1,10 +1,11 @@
 """Tries the kernels' tile sizes on this GPU and writes the fastest right ones into the tables that the kernels read.
 
-    python -m benchmarks.gpu kernels --autotune
+    python -m benchmarks.gpu kernels --autotune [--quick]
 
 Attention: `x2v_jax/ops/attention/hopper_table.py`. Linear layers: `x2v_jax/ops/linear_8bit/tuned.py`. Every candidate
-is compared with the reference before it is timed; one that does not compile, or is wrong, is left out. All times go
-to autotune.json in --out.
+is compared with the reference before it is timed; one that does not compile, or is wrong, is left out. Tables, and
+all times in autotune.json in --out, are written after each candidate: a run that is cut short has tuned what it came
+to. With --quick only one number of the committed tiles is changed at a time: a fifth as many candidates.
 """
 
 import argparse
@@ -54,16 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         print("error: there is no GPU here, so there is nothing to tune for", file=sys.stderr)
         return 2
     settings = Settings(out=options.out, quick=options.quick, tiny=options.tiny, seed=options.seed)
-    rows = []
-    for row in itertools.chain(attention_rows(settings), linear_rows(settings)):
-        rows.append(row)
-        print(line(row), flush=True)
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "autotune.json").write_text(json.dumps(rows, indent=1) + "\n")
     from x2v_jax.ops.attention.hopper_table import ENTRIES
 
-    ATTENTION_TABLE.write_text(attention_table(ENTRIES, rows))
-    LINEAR_TABLE.write_text(linear_table(_tuned_before(), rows))
+    before, rows = _tuned_before(), []
+    options.out.mkdir(parents=True, exist_ok=True)
+    for row in itertools.chain(linear_rows(settings), attention_rows(settings)):
+        rows.append(row)
+        print(line(row), flush=True)
+        (options.out / "autotune.json").write_text(json.dumps(rows, indent=1) + "\n")
+        ATTENTION_TABLE.write_text(attention_table(ENTRIES, rows))
+        LINEAR_TABLE.write_text(linear_table(before, rows))
     print(f"written: {ATTENTION_TABLE}, {LINEAR_TABLE}")
     return 0
 
@@ -82,19 +83,20 @@ def attention_rows(settings: Settings) -> Iterator[Row]:
             if precision == "full":
                 cudnn = functools.partial(_time_cudnn, settings, shape, data)
                 yield guarded(settings, {**about, "implementation": "cudnn"}, cudnn)
-            for config in attention_candidates(precision):
+            for config in attention_candidates(precision, quick=settings.quick):
                 run = functools.partial(_time_attention, settings, shape, data, precision, config)
                 fields = dataclasses.asdict(config)
                 yield guarded(settings, {**about, "implementation": "hopper", "config": fields}, run)
 
 
-def attention_candidates(precision: Any) -> list[Any]:
+def attention_candidates(precision: Any, *, quick: bool = False) -> list[Any]:
     """Configurations that fit a thread block's shared memory."""
     from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, HopperConfig, Probabilities
 
-    ways: tuple[Probabilities, ...] = ("registers", "shared") if precision in EIGHT_BIT_VALUES else ("registers",)
-    found = []
-    for block, stages, groups, turns, way in itertools.product((128, 64), (2, 3, 4), (2, 3), (True, False), ways):
+    in_two_ways = precision in EIGHT_BIT_VALUES and not quick
+    ways: tuple[Probabilities, ...] = ("registers", "shared") if in_two_ways else ("registers",)
+    blocks, found = (128,) if quick else (128, 64), []
+    for block, stages, groups, turns, way in itertools.product(blocks, (2, 3, 4), (2, 3), (True, False), ways):
         config = HopperConfig(block, stages, groups, turns, way)
         # Taking turns is for two.
         if config.fits(precision) and (groups == 2 or not turns):
@@ -145,23 +147,25 @@ def linear_rows(settings: Settings) -> Iterator[Row]:
         kind = "residual" if shape.epilogue == "residual" else "plain"
         for dtype in ("int8", "float8_e4m3fn"):
             about = {"operation": "linear", "n": shape.n, "k": shape.k, "dtype": dtype, "kind": kind}
-            for config in linear_candidates(shape, dtype, kind):
+            for config in linear_candidates(shape, dtype, kind, quick=settings.quick):
                 run = functools.partial(_time_linear, settings, shape, data, dtype, config)
                 yield guarded(settings, {**about, "config": dataclasses.asdict(config)}, run)
 
 
-def linear_candidates(shape: LinearShape, dtype: str, kind: str) -> list[Any]:
+def linear_candidates(shape: LinearShape, dtype: str, kind: str, *, quick: bool = False) -> list[Any]:
     """The committed tiles, and others that divide the matrix."""
     from x2v_jax.ops.linear_8bit.config import config_for
 
     base = config_for(shape.n, shape.k, dtype, kind)
     assert base is not None, shape
-    found = [base]
-    for tile_n, stages, snake, cluster in itertools.product((256, 128), (3, 4, 5), (4, 8, 16), (2, 1)):
-        if shape.n % tile_n == 0:
-            found.append(dataclasses.replace(base, tile_n=tile_n, stages=stages, snake=snake, cluster=cluster))
-    found += [dataclasses.replace(base, epilogue_n=columns) for columns in (16, 32, 64)]
-    return list(dict.fromkeys(dataclasses.replace(config, measured=True) for config in found))
+    choices = {"tile_n": (256, 128), "stages": (3, 4, 5), "snake": (4, 8, 16), "cluster": (2, 1)}
+    one_by_one = [{name: value} for name, values in choices.items() for value in values]
+    changes = (
+        one_by_one if quick else [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
+    )
+    changes = [{}, *changes, *({"epilogue_n": columns} for columns in (16, 32, 64))]
+    found = [dataclasses.replace(base, **change, measured=True) for change in changes]
+    return [config for config in dict.fromkeys(found) if shape.n % config.tile_n == 0]
 
 
 def _time_linear(settings: Settings, shape: LinearShape, data: dict[str, Any], dtype: str, config: Any) -> Row:

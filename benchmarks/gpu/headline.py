@@ -34,7 +34,7 @@ _PROMPT_TOKENS = 60
 # Seconds of denoising from which the steps are run once and not again.
 _LONG = 3.0
 
-# name -> (quantization of the weights, who computes, type of the VAE's convolutions). "bf16" is what nobody has to ask for.
+# name -> (quantization of the weights, who computes, type of the VAE's convolutions). "bf16" are the defaults.
 VARIANTS: dict[str, tuple[str | None, OpChoice, str]] = {
     "bf16": (None, OpChoice(), "float32"),
     "int8": ("int8", OpChoice(attention_precision="int8"), "bfloat16"),

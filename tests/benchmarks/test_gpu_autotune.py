@@ -47,8 +47,12 @@ def test_candidates_fit_and_are_not_repeated():
     for precision in ("full", "int8", "e4m3", "e4m3_all"):
         found = autotune.attention_candidates(precision)
         assert found and len(set(found)) == len(found) and all(config.fits(precision) for config in found)
+        quick = autotune.attention_candidates(precision, quick=True)
+        assert set(quick) < set(found) and HopperConfig() in quick
     linear = autotune.linear_candidates(shapes.LINEAR[0], "int8", "plain")
-    assert len(set(linear)) == len(linear) > 5 and all(config.measured for config in linear)
+    assert len(set(linear)) == len(linear) > 30 and all(config.measured for config in linear)
+    quick = autotune.linear_candidates(shapes.LINEAR[0], "int8", "plain", quick=True)
+    assert linear[0] in quick and set(quick) < set(linear) and len(quick) < len(linear) / 3
 
 
 def test_tiles_of_a_matrix_keep_those_of_others():
