@@ -26,7 +26,7 @@ TARGET = pathlib.Path(__file__).parent / "targets" / "h200.txtpb"
 SHARED_MEMORY_LIMIT = 232_448
 
 _PLUGIN = "jax_plugins.xla_cuda13"
-_INSTRUCTION = re.compile(r"\b((?:HGMMA|IGMMA|QGMMA)\.[\w.]+|UTMALDG\.\dD\.MULTICAST)")
+_INSTRUCTION = re.compile(r"\b((?:HGMMA|IGMMA|QGMMA)\.[\w.]+|UTMALDG\.\dD\.MULTICAST|SYNCS\.ARRIVE\.TRANS64\.RED)")
 _TOOL_FOLDERS = ("nvidia/cu13/bin", "nvidia/cuda_nvcc/bin", "triton/backends/nvidia/bin", "bin")
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
 
@@ -36,8 +36,8 @@ class Kernel:
     """What ptxas says of one kernel.
 
     shared_memory: bytes of the kernel's buffers; the compiler refuses more than `SHARED_MEMORY_LIMIT`.
-    instructions: tensor core instructions and loads for a whole cluster in its code, by name; empty where there was no
-    nvdisasm.
+    instructions: tensor core instructions, and loads for and signals to the other blocks of a cluster, in its code, by
+    name; empty where there was no nvdisasm.
     """
 
     registers: int

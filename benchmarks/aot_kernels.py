@@ -4,9 +4,9 @@
     python -m benchmarks.aot_kernels --wheels=wheels
 
 Registers, spills (none are allowed), bytes of shared memory and, where there is nvdisasm, tensor core instructions of
-each kernel (HGMMA are 16-bit, IGMMA int8, QGMMA float8) and loads that serve all blocks of a cluster (UTMALDG …
-MULTICAST). Printed and compared with the committed table; `--write` replaces it. `ptxas` of CUDA 13.0 has to be
-installed, or the wheels "nvidia-cuda-nvcc<13.1" "nvidia-nvvm<13.1" beside.
+each kernel (HGMMA are 16-bit, IGMMA int8, QGMMA float8), loads for all blocks of a cluster (UTMALDG … MULTICAST) and
+signals to them (SYNCS … RED). Printed and compared with the committed table; `--write` replaces it. `ptxas` of CUDA
+13.0 has to be installed, or the wheels "nvidia-cuda-nvcc<13.1" "nvidia-nvvm<13.1" beside.
 """
 
 import dataclasses

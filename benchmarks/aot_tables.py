@@ -23,7 +23,9 @@ def main() -> int:
 def markdown(kernels: Sequence[Mapping[str, Any]], samplers: Sequence[Mapping[str, Any]]) -> str:
     """The kernels at the 14B model's 480P shapes, and all samplers."""
     lines = [f"{len(kernels)} kernels and shapes, none of which spills; those of the 14B model at 480P:", ""]
-    lines += ["| kernel | registers | shared memory, bytes | tensor core instructions, loads for a cluster |"]
+    lines += [
+        "| kernel | registers | shared memory, bytes | tensor core instructions, loads and signals of a cluster |"
+    ]
     lines.append("|---|---|---|---|")
     for row in kernels:
         if not any(row["case"].rpartition(",")[0].endswith(shape) for shape in _SHAPES):

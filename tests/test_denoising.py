@@ -59,6 +59,25 @@ def test_the_initial_noise_is_given_away(denoiser: Denoiser):
     assert noise.is_deleted()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_one_program_and_a_loop_of_steps_give_the_same(given: bool):
+    graphdef, params = functional.split(WanModel(tiny_models.T2V, rngs=nnx.Rngs(0)))
+    params["head"]["linear"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["linear"]["kernel"].shape)
+    denoiser = Denoiser(graphdef)
+    # One more than there are re-noisings.
+    noise = np.random.default_rng(0).standard_normal((len(SIGMAS), *SHAPE[1:]), np.float32)
+
+    def sample(on_step: Any = None) -> np.ndarray:
+        initial, key = denoiser.draw(5, SHAPE)
+        renoise = noise if given else key
+        return np.asarray(denoiser.sample_step_distill(params, CONDITIONS, initial, SIGMAS, renoise, on_step))
+
+    steps: list[np.ndarray] = []
+    loop = sample(lambda i, count, latents: steps.append(np.array(latents)))
+    assert len(steps) == len(SIGMAS) > 2 and np.abs(steps[0] - loop).max() > 0.1
+    np.testing.assert_allclose(sample(), loop, atol=1e-5)
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_what_is_compiled_ahead_is_what_sampling_calls(watched: bool):
     """After a warm-up nothing is traced again: shapes, types and static arguments are those of the real calls."""

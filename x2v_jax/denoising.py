@@ -171,16 +171,13 @@ class Denoiser:
     def _distill_all_fn(
         self, params: Any, conditions: Conditions, initial: Array, renoise: Any, sigmas: Array
     ) -> tuple[Array, Array]:
-        def one(latents: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
-            i, sigma, following, *given = step
-            added = given[0][None] if given else noise.step_noise(renoise, i, initial.shape)
-            return self._distill_step_fn(params, conditions, latents, sigma, following, added)
-
-        # As in the loop: behind the last step, noise of level 0.
-        steps = (jnp.arange(len(sigmas)), sigmas, jnp.append(sigmas[1:], jnp.float32(0)))
-        if not _is_key(renoise):
-            steps = (*steps, jnp.concatenate([renoise, jnp.zeros_like(initial)]))
-        return jax.lax.scan(one, initial, steps)
+        if _is_key(renoise):
+            after = lambda i: noise.step_noise(renoise, i, initial.shape)  # noqa: E731
+        else:
+            given = jnp.concatenate([renoise[: len(sigmas) - 1], jnp.zeros_like(initial)])
+            after = lambda i: given[i][None]  # noqa: E731
+        velocity = functools.partial(self._velocity, params, conditions)
+        return step_distill.scan(velocity, initial, sigmas, after, _is_finite)
 
     def _unipc_step_fn(
         self, params: Any, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients

@@ -246,6 +246,8 @@ def denoise_bytes(
     tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
     # Residual stream, its normalised copy and the gated sum in float32; q, k, v and the attention's result.
     per_token = config.dim * (3 * 4 + 4 * size) + config.ffn_dim * size
+    if config.model_type == "i2v":
+        per_token += config.dim * (size + 1)  # attention to the image beside that to the text; fitted
     elements = math.prod(latents) * config.in_dim * batch
     return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
 
@@ -268,7 +270,7 @@ def kv_cache_bytes(config: WanConfig, latents: Sequence[int], blocks: BlockSizes
 def text_bytes(config: Umt5Config, length: int, size: int) -> int:
     """Activations of the text encoder on one prompt."""
     scores = config.num_heads * length * length * 4 * 3
-    return scores + length * (config.dim * 12 + config.dim_ffn * 3 * size)
+    return scores + length * (config.dim * 14 + config.dim_ffn * 3 * size)
 
 
 def clip_bytes(config: ClipConfig, size: int) -> int:

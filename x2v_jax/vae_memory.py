@@ -14,7 +14,7 @@ DECODE_METHODS = ("auto", "whole", "stream", "tiled")
 # The VAE works in pieces where the whole would take more activations than this.
 WHOLE_LIMIT = 1 << 30
 # Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches.
-_WHOLE_PICTURES, _PIECE_PICTURES, _ENCODE_PICTURES = 6, 15, 10
+_WHOLE_PICTURES, _PIECE_PICTURES, _ENCODE_PICTURES = 6, 15, 11
 
 
 def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str, size: int = 4) -> int:

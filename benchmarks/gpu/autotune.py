@@ -5,7 +5,7 @@
 Attention: `x2v_jax/ops/attention/hopper_table.py`. Linear layers: `x2v_jax/ops/linear_8bit/tuned.py`. Every candidate
 is compared with the reference before it is timed; one that does not compile, or is wrong, is left out. Tables, and
 all times in autotune.json in --out, are written after each candidate: a run that is cut short has tuned what it came
-to. With --quick only one number of the committed tiles is changed at a time: a fifth as many candidates.
+to. With --quick only one number of the committed tiles is changed at a time: a quarter as many candidates.
 """
 
 import argparse

@@ -13,7 +13,10 @@ from x2v_jax.diffusion.schedules import unipc_schedule
 
 
 def step_distill_trajectory(case: Case) -> dict[str, Any]:
-    """sigmas [S], timesteps [S] and the latents after each step [S,C,F,H,W], all of them unrolled in one jit."""
+    """sigmas [S], timesteps [S] and the latents after each step [S,C,F,H,W], all of them unrolled in one jit.
+
+    The last entry is the scanned sampler's, so that both drivers are compared with the record.
+    """
     _check_timesteps(case)
     sigmas = step_distill.step_sigmas(
         case.config["denoising_step_list"],
@@ -30,7 +33,10 @@ def step_distill_trajectory(case: Case) -> dict[str, Any]:
         )
         return trajectory
 
-    trajectory = sample(_channels_last(case.inputs["noise"]))
+    noise = _channels_last(case.inputs["noise"])
+    given = jnp.stack([*renoise, jnp.zeros_like(noise)])
+    scanned = jax.jit(lambda x: step_distill.scan(_velocity_fn(case), x, sigmas, lambda i: given[i], lambda x: None))
+    trajectory = [*sample(noise)[:-1], scanned(noise)[0]]
     return {
         "sigmas": sigmas,
         "timesteps": timestep_from_sigma(sigmas),

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import aot_compare, aot_compiler, aot_kernels
 from benchmarks.aot_compiler import Kernel, read_log
+from benchmarks.gpu import shapes
+from x2v_jax.ops.linear_8bit.config import config_for
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -112,6 +114,15 @@ def test_no_kernel_of_the_committed_table_spills_or_is_too_large():
     assert max(kernel["shared_memory"] for kernel in kernels) <= aot_compiler.SHARED_MEMORY_LIMIT
 
 
+# What a linear layer's kernel has where the tiles of its shape are for clusters.
+CLUSTERED = {
+    (f"linear {shape.name}", dtype): {"UTMALDG", "SYNCS"} if config is not None and config.cluster > 1 else set()
+    for shape in shapes.LINEAR
+    for dtype in aot_kernels.DTYPES
+    for config in [config_for(shape.n, shape.k, dtype, "residual" if shape.epilogue == "residual" else "plain")]
+}
+
+
 def test_the_committed_table_has_the_tensor_core_instructions_of_each_precision():
     rows = {row["case"]: row for row in json.loads(aot_kernels.TABLE.read_text())["cases"]}
     found = dict(rows)
@@ -129,7 +140,7 @@ def test_the_committed_table_has_the_tensor_core_instructions_of_each_precision(
         precision = case.rpartition(", ")[2]
         wanted = expected[precision]
         if case.startswith("linear"):
-            wanted = {"IGMMA" if precision == "int8" else "QGMMA", "UTMALDG"}
+            wanted = {"IGMMA" if precision == "int8" else "QGMMA"} | CLUSTERED[case.rpartition(", ")[0], precision]
         assert {name.split(".")[0] for kernel in row["kernels"] for name in kernel["instructions"]} == wanted, case
 
 

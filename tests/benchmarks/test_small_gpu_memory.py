@@ -37,7 +37,7 @@ def test_14b_fits_24_gb_and_with_its_blocks_on_the_host_16():
 @pytest.mark.parametrize("case", small_gpu_memory.CASES, ids=str)
 def test_predictions_are_near_what_was_compiled(case: small_gpu_memory.Case):
     row = ROWS[small_gpu_memory.CASES.index(case)]
-    assert 0.95 < row["predicted"] / row["device"] < 1.3
+    assert 1 <= row["predicted"] / row["device"] < 1.3
     sizes = small_gpu_memory.Sizes(small_gpu_memory._configs(case.model))
     options: dict[str, Any] = {"offload": case.offload, "vae_decode": case.vae_decode, "vae_dtype": case.vae_dtype}
     plan = memory.plan(sizes, sizes.configs, small_gpu_memory.LATENTS, guided=False, **options)

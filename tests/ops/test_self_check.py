@@ -1,5 +1,7 @@
 """A fast path is believed once it was compared, and left, with one warning, where it is wrong."""
 
+import dataclasses
+import time
 import warnings
 
 import jax
@@ -43,6 +45,13 @@ def test_a_wrong_path_warns_once_with_what_was_measured():
     assert len(warned) == 1 and len(calls) == 1
     for word in ("double", "'clever'", "'int8'", "0.25", "0.01", "the plain one"):
         assert word in str(warned[0].message)
+
+
+def test_a_comparison_that_does_not_end_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(self_check, "_PATIENCE", 0.01)
+    path = dataclasses.replace(PATH, way_out="doubling to 'plain'")
+    with pytest.warns(RuntimeWarning, match="double by 'clever'.*after 0.01 s; should it .* set doubling to 'plain'"):
+        assert works(path, lambda: time.sleep(0.1) or 0.0, 0.01)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

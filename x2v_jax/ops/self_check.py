@@ -19,12 +19,14 @@ class FastPath:
     Attributes:
         op: such as "attention"; implementation: such as "hopper"; precision: such as "int8".
         instead: what is computed where it fails, for the warning.
+        way_out: a setting that avoids it, should a comparison never end.
     """
 
     op: str
     implementation: str
     precision: str
     instead: str = "the reference"
+    way_out: str = ""
 
 
 @dataclasses.dataclass
@@ -33,6 +35,8 @@ class _Verdict:
     works: bool | None = None
 
 
+# Seconds after which a comparison is said to take long. Most of one is compiling.
+_PATIENCE = 60.0
 _verdicts: dict[tuple[FastPath, str], _Verdict] = {}
 
 
@@ -49,7 +53,7 @@ def works(path: FastPath, error: Callable[[], float], allowed: float) -> bool:
     verdict = _verdicts.setdefault((path, jax.devices()[0].device_kind), _Verdict())
     with verdict.lock:
         if verdict.works is None:
-            measured = _in_own_thread(error)
+            measured = _in_own_thread(error, path)
             verdict.works = isinstance(measured, float) and measured <= allowed
             if not verdict.works:
                 _warn(path, measured, allowed)
@@ -61,7 +65,7 @@ def forget() -> None:
     _verdicts.clear()
 
 
-def _in_own_thread(error: Callable[[], float]) -> float | Exception:
+def _in_own_thread(error: Callable[[], float], path: FastPath) -> float | Exception:
     result: list[float | Exception] = []
 
     def run() -> None:
@@ -70,9 +74,16 @@ def _in_own_thread(error: Callable[[], float]) -> float | Exception:
         except Exception as failure:  # whatever is wrong with it, there is another path
             result.append(failure)
 
-    thread = threading.Thread(target=run, name="self-check")
+    thread = threading.Thread(target=run, name="self-check", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        # A kernel that hangs cannot be stopped; the process can.
+        advice = f"; should it not end, stop the process and set {path.way_out}" if path.way_out else ""
+        warnings.warn(
+            f"{_named(path)} is still being compared after {_PATIENCE:g} s{advice}", RuntimeWarning, stacklevel=4
+        )
+        thread.join()
     return result[0]
 
 
@@ -82,9 +93,9 @@ def _warn(path: FastPath, measured: float | Exception, allowed: float) -> None:
         found = f"failed with {type(measured).__name__}: {lines[0] if lines else ''}"
     else:
         found = f"has a relative error of {measured:.3g}, {allowed:.3g} are allowed"
-    warnings.warn(
-        f"{path.op} by {path.implementation!r} in precision {path.precision!r} {found}, on "
-        f"{jax.devices()[0].device_kind}: using {path.instead} instead",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    message = f"{_named(path)} {found}, on {jax.devices()[0].device_kind}: using {path.instead} instead"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _named(path: FastPath) -> str:
+    return f"{path.op} by {path.implementation!r} in precision {path.precision!r}"

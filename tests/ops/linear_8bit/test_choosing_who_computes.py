@@ -9,7 +9,7 @@ import pytest
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops import self_check
-from x2v_jax.ops.linear_8bit import choose, hopper, hopper_rows
+from x2v_jax.ops.linear_8bit import choose, choose_hopper, hopper_rows
 from x2v_jax.ops.linear_8bit.api import linear_8bit
 from x2v_jax.ops.linear_8bit.quantize import quantize_rows_reference, quantize_weight
 
@@ -67,7 +67,7 @@ class TestProof:
 
     def arguments(self):
         x = quantize_rows_reference(jnp.ones((128, 1536)), "int8")
-        return x, jnp.ones((1536, 1536), jnp.int8), None, None, None, jnp.bfloat16
+        return x, jnp.ones((1536, 1536), jnp.int8), None, None, None, None, jnp.bfloat16
 
     @pytest.fixture(autouse=True)
     def fresh(self, gpu):
@@ -81,30 +81,32 @@ class TestProof:
 
         def right(x, *rest, config, num_clusters):
             asked.append(config)
-            return hopper.matmul_8bit(x, *rest)
+            return choose_hopper.matmul_8bit(x, *rest)
 
-        monkeypatch.setattr(hopper, "matmul_hopper", right)
+        monkeypatch.setattr(choose_hopper, "matmul_hopper", right)
         for _ in range(2):
-            assert hopper.matmul_hopper_config(*self.arguments()) is not None
+            assert choose_hopper.matmul_config(*self.arguments()) is not None
         assert len(asked) == 1
 
     def test_a_wrong_kernel_is_not_used_and_named_once(self, monkeypatch):
-        monkeypatch.setattr(hopper, "matmul_hopper", lambda *a, config, num_clusters: 1.02 * hopper.matmul_8bit(*a))
+        monkeypatch.setattr(
+            choose_hopper, "matmul_hopper", lambda *a, config, num_clusters: 1.02 * choose_hopper.matmul_8bit(*a)
+        )
         with pytest.warns(RuntimeWarning, match="8-bit linear layer by 'hopper' in precision 'int8 ") as said:
-            assert hopper.matmul_hopper_config(*self.arguments()) is None
+            assert choose_hopper.matmul_config(*self.arguments()) is None
         endings = [str(warning.message).partition(": using ")[2] for warning in said]
         assert endings == ["one block a cluster instead", "XLA instead"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert hopper.matmul_hopper_config(*self.arguments()) is None
+            assert choose_hopper.matmul_config(*self.arguments()) is None
 
     def test_where_blocks_cannot_share_loads_each_loads_for_itself(self, monkeypatch):
         def wrong_in_clusters(*arguments, config, num_clusters):
-            return config.cluster * hopper.matmul_8bit(*arguments)
+            return config.cluster * choose_hopper.matmul_8bit(*arguments)
 
-        monkeypatch.setattr(hopper, "matmul_hopper", wrong_in_clusters)
+        monkeypatch.setattr(choose_hopper, "matmul_hopper", wrong_in_clusters)
         with pytest.warns(RuntimeWarning, match="clusters of 2.* relative error of 1, .*: using one block a cluster"):
-            config = hopper.matmul_hopper_config(*self.arguments())
+            config = choose_hopper.matmul_config(*self.arguments())
         assert config is not None and config.cluster == 1
 
     def test_a_kernel_that_does_not_run_is_not_used(self, monkeypatch):
@@ -118,9 +120,9 @@ class TestProof:
             assert not hopper_rows.rows_hopper_works((4680, 5120), "int8")
 
     def test_what_the_kernel_does_not_take_is_not_asked(self, monkeypatch):
-        monkeypatch.setattr(hopper, "proved", lambda *a: pytest.fail("asked"))
+        monkeypatch.setattr(choose_hopper, "proved", lambda *a: pytest.fail("asked"))
         x, weight, *_ = self.arguments()
         residual = jnp.ones((128, 1536))
-        assert hopper.matmul_hopper_config(x, weight, None, residual, None, jnp.float32) is None
-        assert hopper.matmul_hopper_config(x, weight, None, None, residual, jnp.bfloat16) is None
-        assert hopper.matmul_hopper_config(x, weight[:64], None, None, None, jnp.bfloat16) is None
+        assert choose_hopper.matmul_config(x, weight, None, None, residual, None, jnp.float32) is None
+        assert choose_hopper.matmul_config(x, weight, None, None, None, residual, jnp.bfloat16) is None
+        assert choose_hopper.matmul_config(x, weight[:64], None, None, None, None, jnp.bfloat16) is None

@@ -74,6 +74,17 @@ def test_the_kernel_is_the_layer(dtype, m, config, epilogue, gelu):
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_peers_hear_of_each_stage_that_they_write_into(cluster):
+    """The interpreter plays a copy for a whole cluster as a copy a block, and could not tell."""
+    x, weight, scale, *_ = case("int8", 256, 64, 256)
+    config = dataclasses.replace(SMALL, cluster=cluster)
+    kernel = jax.make_jaxpr(
+        lambda *arrays: matmul_hopper(*arrays, None, None, None, None, jnp.float32, config=config, num_clusters=1)
+    )(x, weight, scale)
+    assert ("collective_axes=('peer',)" in str(kernel)) == ("cluster_barrier" in str(kernel)) == (cluster == 2)
+
+
 def test_16_bit_results_are_the_rounded_ones():
     arrays = case("int8", 136, 128, 256)
     with interpreted():

@@ -136,9 +136,10 @@ def _product(how: _How, x: QuantizedRows, weight: Array, scale: Array, bias: Any
     arrays = (x, weight, scale, bias, gate, residual)
     reference = with_arrays(matmul_8bit)
     if wants_hopper(how.implementation):
-        from x2v_jax.ops.linear_8bit.hopper import matmul_hopper, matmul_hopper_config
+        from x2v_jax.ops.linear_8bit.choose_hopper import matmul_config
+        from x2v_jax.ops.linear_8bit.hopper import matmul_hopper
 
-        config = matmul_hopper_config(x, weight, how.activation, gate, residual, how.out_dtype)
+        config = matmul_config(x, weight, bias, how.activation, gate, residual, how.out_dtype)
         if config is not None:
             kernel = with_arrays(matmul_hopper, config=config)
             return lax.platform_dependent(*arrays, cuda=kernel, default=reference)

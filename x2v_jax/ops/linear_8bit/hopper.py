@@ -5,13 +5,12 @@ weight into a ring in shared memory; two multiply 64 rows each and finish their 
 scales, bias, GELU, or gate and residual. Rows past the end of x are zeros that TMA fills in and does not write back.
 
 The blocks of a cluster work side by side, on the same columns: each loads a part of the weight's tile for all of them.
-Alone, a block would need 1.5 times the bytes of the L2 cache for its 8-bit products, more than that cache gives.
+Alone, a block would need 1.5 times the bytes of the L2 cache for its products.
 
 Not here: quantizing the result for the next matmul. Its per-token scale needs the largest of all N columns of a row
 before the first of them can be rounded, and a block holds tile_n of them.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -24,10 +23,9 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from x2v_jax.ops.linear_8bit.choose import proved
-from x2v_jax.ops.linear_8bit.config import MatmulConfig, config_for, core_count, takes
-from x2v_jax.ops.linear_8bit.quantize import QuantizedRows, quantize_rows_reference, quantize_weight
-from x2v_jax.ops.linear_8bit.reference import Activation, matmul_8bit
+from x2v_jax.ops.linear_8bit.config import MatmulConfig, core_count
+from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
+from x2v_jax.ops.linear_8bit.reference import Activation
 
 plgpu: Any = mosaic_gpu  # its annotations lag behind it
 
@@ -36,8 +34,6 @@ _ROWS = 64  # a warpgroup; what one wgmma takes
 _BLOCK_ROWS = _WARPGROUPS * _ROWS
 _LOADER = _WARPGROUPS
 _LAYOUT = plgpu.Layout.WGMMA
-# Of the kernel to the same computation in jnp: bfloat16 rounds by 0.002, Hopper's float8 accumulator by less.
-ALLOWED_ERROR = 0.01
 
 
 def matmul_hopper(
@@ -52,7 +48,7 @@ def matmul_hopper(
     config: MatmulConfig,
     num_clusters: int | None = None,
 ) -> Float[Array, "m n"]:
-    """`reference.matmul_8bit` in one kernel, where `matmul_hopper_config` gives a config.
+    """`reference.matmul_8bit` in one kernel, where `choose_hopper.matmul_config` gives a config.
 
     Args:
         num_clusters: of persistent blocks; as many as give each streaming multiprocessor a block if None.
@@ -89,60 +85,6 @@ def matmul_hopper(
         ),
     )
     return call(*arrays.values())[:m]
-
-
-def matmul_hopper_config(
-    x: QuantizedRows, weight: Array, activation: Activation, gate: Any, residual: Any, out_dtype: DTypeLike
-) -> MatmulConfig | None:
-    """The tiles; None where the kernel does not take the arguments, or failed its self-check on this device."""
-    out = jnp.dtype(out_dtype)
-    n, k = weight.shape
-    if not takes(x.values.shape[0], n, k) or out not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return None
-    if residual is None:
-        if gate is not None:
-            return None
-        kind = "float32" if out == jnp.float32 else "plain"
-    elif residual.dtype == out == jnp.float32:
-        kind = "token_gate" if gate is not None and gate.shape[0] > 1 else "residual"
-    else:
-        return None
-    config = config_for(n, k, weight.dtype, kind)
-    if config is None:
-        return None
-    alone = dataclasses.replace(config, cluster=1)
-    for tiles, instead in ((config, "one block a cluster"), (alone, "XLA"))[config == alone :]:
-        if _proved(tiles, instead, weight.dtype, kind, activation, out):
-            return tiles
-    return None
-
-
-def _proved(
-    config: MatmulConfig, instead: str, dtype: DTypeLike, kind: str, activation: Activation, out_dtype: DTypeLike
-) -> bool:
-    """Compared on rows that end within a block's tile, and before its peer's, over every stage of the ring, twice."""
-    tiles = f"{config.tile_n}x{config.tile_k}, {config.stages} stages, {config.epilogue_slots}x{config.epilogue_n} out"
-    tiles += f", clusters of {config.cluster}"
-    name = f"{jnp.dtype(dtype).name} ({kind}{', gelu' if activation else ''}; {tiles})"
-    m, n, k = 328, 2 * config.tile_n, config.tile_k * (2 * config.stages + 1)
-
-    def arguments() -> list[Any]:
-        keys = jax.random.split(jax.random.key(0), 5)
-        x = quantize_rows_reference(jax.random.normal(keys[0], (m, k)), dtype)
-        weight, scale = quantize_weight(jax.random.normal(keys[1], (n, k)), dtype)
-        added = kind in ("residual", "token_gate")
-        gate = jax.random.normal(keys[3], (m if kind == "token_gate" else 1, n)) if added else None
-        residual = jax.random.normal(keys[4], (m, n)) if added else None
-        return [x, weight, scale, jax.random.normal(keys[2], (n,)), activation, gate, residual, out_dtype]
-
-    return proved(
-        "8-bit linear layer",
-        name,
-        lambda: matmul_hopper(*arguments(), config=config, num_clusters=3),
-        lambda: matmul_8bit(*arguments()),
-        ALLOWED_ERROR,
-        instead,
-    )
 
 
 def _pad_rows(x: Array, rows: int) -> Array:

@@ -112,8 +112,8 @@ def rows_hopper_works(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
     return takes_rows(shape) and proved(
         "quantization of rows",
         jnp.dtype(dtype).name,
-        lambda: _values_and_scales(quantize_rows_hopper(_probe(), dtype, _probe(1))),
-        lambda: _values_and_scales(quantize_rows_reference(_probe(), dtype, _probe(1))),
+        lambda: _of_one_and_of_a_sum(quantize_rows_hopper, dtype),
+        lambda: _of_one_and_of_a_sum(quantize_rows_reference, dtype),
         allowed=ALLOWED_ERROR,
     )
 
@@ -127,5 +127,7 @@ def _probe(seed: int = 0) -> Array:
     return jax.random.normal(jax.random.key(seed), (160, 5120), jnp.bfloat16)
 
 
-def _values_and_scales(rows: QuantizedRows) -> tuple[Array, Array]:
-    return rows.values, rows.scale
+def _of_one_and_of_a_sum(quantize: Callable[..., QuantizedRows], dtype: DTypeLike) -> list[Array]:
+    """Values and scales of both: they are two kernels."""
+    both = quantize(_probe(), dtype), quantize(_probe(), dtype, _probe(1))
+    return [array for rows in both for array in (rows.values, rows.scale)]
