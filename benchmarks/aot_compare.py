@@ -93,6 +93,9 @@ def run(
     compiler = aot_compiler.Compiler(tools)
     table: Any = json.loads(options.table.read_text()) if options.table.exists() else {"cases": [], "versions": {}}
     chosen = [name for name in cases if options.only in name]
+    if not chosen:
+        print(f"--only {options.only}: no case has this in its name; there are {'; '.join(cases)}", file=sys.stderr)
+        return 2
     rows, failed, now = [], [], versions()
     for name in chosen:
         try:

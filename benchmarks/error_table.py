@@ -28,6 +28,7 @@ ALLOWED_LOSS = 0.01
 _RECORDED_PROMPTS = 2
 
 Row = Mapping[str, Any]
+_PUBLISHED_PROMPTS = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=pathlib.Path, default=pathlib.Path("assets/shapes_t2v_4step"))
-    parser.add_argument("--prompts", type=int, default=200, help="0: operations alone")
+    parser.add_argument("--prompts", type=int, default=_PUBLISHED_PROMPTS, help="0: operations alone")
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="of the videos; rows of others stay as they are (all)"
     )
@@ -75,18 +76,17 @@ def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     checkpoint = open_checkpoint(options.checkpoint)
     prompts = [prompt.text for prompt in heldout_prompts(_RECORDED_PROMPTS, options.seed)]
     report: dict[str, Any] = {**circumstances("benchmarks.error_table", given), "checkpoint": str(options.checkpoint)}
-    measured = [prompt.text for prompt in heldout_prompts(options.prompts, options.seed)]
+    # However many are asked for, the calibration is the same.
+    measured = [prompt.text for prompt in heldout_prompts(max(options.prompts, _PUBLISHED_PROMPTS), options.seed)]
     # Of another seed, and none of the prompts that errors are measured on.
     calibration = calibrated(checkpoint, options.seed + 1, (*prompts, *measured))
     report["calibration"] = dict(calibration.about) | {"config": "of the checkpoint"}
     rows = list(operation_rows(record_sampling(checkpoint, prompts), calibration))
-    report |= {"operations": rows, "videos": []}
+    earlier = json.loads(options.output.read_text()) if options.output.is_file() else {"videos": []}
+    report |= {"operations": rows, "videos": earlier["videos"]}
     if options.prompts:
         variants = options.variants or tuple(VARIANTS)
-        kept: list[Row] = []
-        if options.variants and options.output.is_file():
-            earlier = json.loads(options.output.read_text())
-            kept = kept_rows(earlier, (*variants, "float32"), options.prompts)
+        kept = kept_rows(earlier, (*variants, "float32"), options.prompts) if options.variants else []
         done: list[Row] = []
         order = list(VARIANTS)
         for row in video_rows(checkpoint, options.prompts, options.seed, options.batch, variants, calibration):

@@ -1,5 +1,6 @@
 """python -m convert wan|inspect|export|extract-lora|calibrate: parse, call, report."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from x2v_jax.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     # A polite kill unwinds the stack, so that unfinished output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    destination = None
     try:
         args = parse(arguments)
+        destination = getattr(args, "destination", None)
         if args.command == "inspect":
             from convert.describe import describe
 
@@ -38,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing is left at the destination", file=sys.stderr)
+        is_there = destination is not None and os.path.exists(destination)
+        left = f"{destination} is complete, or as it was" if is_there else "nothing is left at the destination"
+        print(f"interrupted; {left}", file=sys.stderr)
         return 130
 
 

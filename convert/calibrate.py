@@ -1,6 +1,7 @@
 """`python -m convert calibrate`: records the activations of a transformer while it makes videos."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -93,9 +94,16 @@ def record(
 
             def on_step(step: int, count: int, latents: object, number: int = number) -> None:
                 on_progress(number * count + step + 1, len(requests) * count)
+                if step + 1 == count:
+                    raise _HeardAll
 
-            pipeline.generate(request, on_step)
+            with contextlib.suppress(_HeardAll):
+                pipeline.generate(request, on_step)
     return maxima.result()
+
+
+class _HeardAll(Exception):
+    """The transformer has done its part of a video; nobody waits for the pixels."""
 
 
 class Maxima:

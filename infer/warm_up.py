@@ -1,7 +1,6 @@
 """`python -m infer --warmup`: compiles what the videos need and makes none. And the file of compiled programs."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
@@ -37,6 +36,8 @@ def run(work: Settings, interrupts: Interrupts) -> None:
     from x2v_jax import compiled_programs
 
     usual, file = jax.config.jax_compilation_cache_dir, work.config.compiled_programs
+    if file:
+        compiled_programs.check_writable(file)
     folder = compiled_programs.fresh_cache() if file else None
     count = 0
     for request in _different(pipeline, work):
@@ -79,16 +80,16 @@ def _different(pipeline: "Pipeline", work: Settings) -> list[Request]:
 def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
     """What decides which programs a run has, of its first video."""
     request, checkpoint = work.jobs[0].request, work.checkpoint
-    known = {name: checkpoint.model.get(name) for name in ("task", "quantization")}
+    known: dict[str, Any] = {"task": checkpoint.task}
     for name in checkpoint.components:
         if name != "tokenizer":
-            known[name] = dataclasses.asdict(checkpoint.config(name))
+            sizes = dataclasses.asdict(checkpoint.config(name)) | {"quantization": checkpoint.quantization(name)}
+            known |= {f"{name}.{field}": json.loads(json.dumps(value)) for field, value in sizes.items()}
     frames, height, width = pipeline.output_size(request)
     own = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPILED}
     own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}
-    own["network"] = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
     run = options(work.config) | {"allow_mismatch": None, "memory_limit": None}
-    return own | run | {"progress": _is_watched(work)}
+    return known | own | run | {"progress": _is_watched(work)}
 
 
 def _is_watched(work: Settings) -> bool:

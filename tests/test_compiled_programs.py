@@ -134,6 +134,12 @@ def test_damaged_files_are_not_used(file: pathlib.Path, tmp_path: pathlib.Path):
 def test_a_file_that_cannot_be_written_is_said(file: pathlib.Path, tmp_path: pathlib.Path):
     with pytest.raises(UserError, match=r"compiled_programs: /proc/p\.zip cannot be written"):
         compiled_programs.save("/proc/p.zip", tmp_path, {})
+    with pytest.raises(UserError, match=r"compiled_programs: /proc/p\.zip cannot be written"):
+        compiled_programs.check_writable("/proc/p.zip")
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        compiled_programs.check_writable(tmp_path)
+    compiled_programs.check_writable(tmp_path / "other" / "p.zip")
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_who_the_programs_are_for_is_said_in_json():

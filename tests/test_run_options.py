@@ -85,6 +85,8 @@ def test_slow_ways_are_taken_with_a_warning():
         assert supported(eight_bit, (), CPU) == eight_bit
     with pytest.warns(UserWarning, match="attention_precision is 'int8'.*RTX 4090 of compute.*'full' is used"):
         assert supported(eight_bit, (), ADA) == OpChoice()
+    with pytest.warns(UserWarning, match="linear_activations is '16bit', .* this one has none"):
+        assert supported(OpChoice(linear_activations="16bit"), (), CPU) == OpChoice(linear_activations="16bit")
     with pytest.warns(UserWarning, match="float8_e4m3fn.*A100.*16bit"):
         assert supported(OpChoice(), ("float8_e4m3fn",), AMPERE).linear_activations == "16bit"
     with warnings.catch_warnings():

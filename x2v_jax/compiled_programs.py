@@ -57,9 +57,8 @@ def save(path: str | os.PathLike[str], cache: pathlib.Path, made_for: Mapping[st
     entries = sorted(p for p in cache.iterdir() if _ENTRY.fullmatch(p.name))
     digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in entries}
     manifest = {"format": FORMAT, "version": 1, "made_for": dict(made_for), "programs": digests}
-    draft = target.with_name(target.name + ".part")
+    draft = _draft(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(draft, "w") as file:  # stored: jax has compressed them
             file.writestr(_MANIFEST, json.dumps(manifest, indent=1))
             for entry in entries:
@@ -67,8 +66,31 @@ def save(path: str | os.PathLike[str], cache: pathlib.Path, made_for: Mapping[st
         os.replace(draft, target)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise UserError(f"compiled_programs: {target} cannot be written: {error.strerror}; give another file") from None
+        raise _unwritable(target, error) from None
     return len(entries)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Before the work: raises a UserError where `save` could not write."""
+    target = pathlib.Path(path).expanduser()
+    if target.is_dir():
+        raise UserError(f"compiled_programs: {target} is a folder; give a file")
+    _draft(target).unlink()
+
+
+def _draft(target: pathlib.Path) -> pathlib.Path:
+    """An empty file beside the target."""
+    draft = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    return draft
+
+
+def _unwritable(target: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"compiled_programs: {target} cannot be written: {error.strerror}; give another file")
 
 
 def install(path: str | os.PathLike[str], cache: pathlib.Path, wanted: Mapping[str, Any]) -> bool:

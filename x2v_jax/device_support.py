@@ -61,6 +61,12 @@ def supported(ops: OpChoice, quantizations: Collection[str], device: Device) -> 
                 stacklevel=3,
             )
             ops = dataclasses.replace(ops, attention_precision="full")
+    if ops.linear_activations == "16bit" and not quantizations:
+        warnings.warn(
+            "linear_activations is '16bit', which is for checkpoints with 8-bit weights; this one has none, so nothing "
+            "changes",
+            stacklevel=3,
+        )
     lacks_float8 = device.capability is not None and device.capability < _FLOAT8
     if "float8_e4m3fn" in quantizations and ops.linear_activations == "8bit" and lacks_float8:
         warnings.warn(

@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return table.main(options.out, write=options.write)
     if options.what == "section":
         return _section(options)
+    if not options.tiny and not _is_gpu_here():
+        print("error: jax finds no GPU here; --tiny tries the programs on what there is", file=sys.stderr)
+        return 2
     if options.autotune:
         return _child([*_python(), "benchmarks.gpu.autotune", *_passed(options)], None)
     return _all(options)
@@ -48,7 +51,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("kernels", "models", "all", "table", "section"))
+    whats = ("kernels", "models", "all", "table")
+    parser.add_argument("what", choices=(*whats, "section"), metavar=f"{{{','.join(whats)}}}")
     parser.add_argument("--quick", action="store_true", help="headline shapes and few runs")
     parser.add_argument("--out", type=pathlib.Path, default=DEFAULT_OUT, help="folder of the reports")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections alone")
@@ -65,6 +69,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.only:
         if name not in known:
             parser.error(f"--only {name}: there is no such section; there are {', '.join(known)}")
+    if options.what == "section" and options.name not in known:
+        parser.error(f"section is for this program itself; give one of {', '.join(whats)}, and --only for sections")
     if options.autotune and options.what != "kernels":
         parser.error("--autotune goes with kernels")
     if options.minutes is not None and not options.minutes > 0:
@@ -133,6 +139,12 @@ def _child(command: Sequence[str], seconds: float | None) -> int:
     finally:
         process.kill()
         process.wait()
+
+
+def _is_gpu_here() -> bool:
+    """Asked in another process: this one must not hold any of the GPU's memory."""
+    question = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
+    return subprocess.run([sys.executable, "-c", question], check=False, capture_output=True).returncode == 0
 
 
 def _python() -> list[str]:

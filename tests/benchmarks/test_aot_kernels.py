@@ -92,6 +92,13 @@ def test_new_rows_replace_those_of_their_case_and_lost_cases_leave():
     ]
 
 
+def test_no_case_of_a_name_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(aot_compiler, "Compiler", lambda tools: None)
+    options = aot_compare.parser("x", "y", aot_kernels.TABLE).parse_args(["--only", "nonsense"])
+    assert aot_compare.run(options, {"a": 1}, lambda *_: {}, str, lambda *_: []) == 2
+    assert "--only nonsense: no case has this in its name; there are a" in capsys.readouterr().err
+
+
 def test_without_the_wheels_it_says_what_to_install(tmp_path: pathlib.Path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -168,15 +168,22 @@ def test_the_driver_runs_sections_in_processes_and_merges_them(tmp_path: pathlib
 
 
 def test_a_section_that_has_no_time_left_is_not_begun(tmp_path: pathlib.Path, capsys):
-    assert cli.main(["all", "--minutes=0.01", "--only", "ceilings", f"--out={tmp_path}"]) == 1
+    assert cli.main(["all", "--tiny", "--minutes=0.01", "--only", "ceilings", f"--out={tmp_path}"]) == 1
     assert "not run, the time is up" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["all", "--only", "nothing"], ["all", "--autotune"], ["all", "--minutes=-1"]])
+def test_without_a_gpu_nothing_large_is_begun(tmp_path: pathlib.Path, capsys):
+    assert cli.main(["all", "--quick", f"--out={tmp_path}"]) == 2
+    assert "jax finds no GPU here; --tiny" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["all", "--only", "nothing"], ["all", "--autotune"], ["all", "--minutes=-1"], ["section"]]
+)
 def test_wrong_arguments_are_refused(arguments: list[str], capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
-    assert arguments[1].split("=")[0] in capsys.readouterr().err
+    assert arguments[-1].split("=")[0] in capsys.readouterr().err
 
 
 def test_flops_of_the_headline_shapes():

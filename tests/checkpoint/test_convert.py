@@ -1,5 +1,6 @@
 """Conversion from every layout: the same parameters whatever the source, every key accounted for, whole or absent."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -383,6 +384,25 @@ def test_progress_reaches_the_total(tmp_path):
     seen = []
     convert(tmp_path / "src", tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+
+
+def test_what_is_read_or_referred_to_is_never_replaced(tmp_path):
+    official_folder(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "whole")
+    convert(tmp_path / "whole", tmp_path / "part", Options(dtype="bfloat16", reuse=str(tmp_path / "whole")))
+    before = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    again = Options(dtype="float32", overwrite=True)
+    for source, destination, options in (
+        ("whole", "whole", again),
+        ("part", "part", again),
+        ("part", "whole", again),
+        ("src", "whole", dataclasses.replace(again, reuse=str(tmp_path / "whole"))),
+        ("src", "whole", dataclasses.replace(again, reuse=str(tmp_path / "part"))),
+    ):
+        with pytest.raises(UserError, match=r"which is read for|that the result would refer to"):
+            convert(tmp_path / source, tmp_path / destination, options)
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == before
+    open_checkpoint(tmp_path / "part").tensors("vae")
 
 
 def test_a_kill_in_the_middle_leaves_nothing_at_the_destination(tmp_path):

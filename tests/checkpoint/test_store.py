@@ -214,6 +214,39 @@ def test_what_a_killed_process_left_is_swept_up_by_the_next(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", f"c.tmp-{os.getppid()}"]
 
 
+def test_what_a_killed_process_was_replacing_gets_its_name_back(tmp_path):
+    save(tmp_path / "c")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "c").rename(tmp_path / f"c.old-{dead.pid}")
+    with pytest.raises(UserError, match="exists; choose another destination"):
+        save(tmp_path / "c")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and open_checkpoint(tmp_path / "c").has("vae")
+
+
+def test_an_interruption_while_replacing_leaves_what_was_there(tmp_path, monkeypatch):
+    save(tmp_path / "c")
+    before = (tmp_path / "c" / "model.json").read_bytes()
+    rename = pathlib.Path.rename
+
+    def interrupted(self, target):
+        if ".tmp-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "c", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c" / "model.json").read_bytes() == before
+
+
+def test_folders_that_were_made_on_the_way_go_with_what_failed(tmp_path):
+    with pytest.raises(ZeroDivisionError), complete_folder(tmp_path / "a" / "b" / "c"):
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_said_before_the_work(tmp_path):
     folder = complete_folder(tmp_path / "c", nbytes=10**18)
     with pytest.raises(UserError, match="needs 1,000,000,000,000,000,000 bytes"), folder:

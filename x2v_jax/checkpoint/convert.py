@@ -49,6 +49,7 @@ def convert(
     plan = make_plan(source, options, destination)
     loras = [pathlib.Path(path) for path, _ in options.loras]
     recorded = [plan.calibration.path] if plan.calibration is not None else []
+    _check_nothing_needed_is_replaced(pathlib.Path(destination), plan, [*loras, *recorded])
     with (
         complete_folder(pathlib.Path(destination), overwrite=options.overwrite, nbytes=plan.nbytes) as folder,
         HashThread([*plan.source_files, *loras, *recorded]) as hashes,
@@ -88,6 +89,22 @@ def convert(
             smoothing=plan.smoothing,
         )
     return plan.notes + ((f"NaN or infinity kept in {bad}",) if bad else ())
+
+
+def _check_nothing_needed_is_replaced(destination: pathlib.Path, plan: Plan, others: list[pathlib.Path]) -> None:
+    """Raises a UserError where the destination holds what is read, or what the result would refer to."""
+    there = pathlib.Path(os.path.realpath(destination))
+    for file in (*plan.source_files, *others):
+        if there in pathlib.Path(os.path.realpath(file)).parents:
+            raise UserError(
+                f"{destination} holds {file.name}, which is read for the result; choose another destination, and "
+                "remove this one afterwards if it is not needed"
+            )
+    for component, target in plan.references.items():
+        if pathlib.Path(os.path.realpath(destination / target)) == there:
+            raise UserError(
+                f"{destination} holds the {component} that the result would refer to; choose another destination"
+            )
 
 
 def _write(plan: Plan, folder: pathlib.Path, on_progress: Progress) -> dict[str, Any]:

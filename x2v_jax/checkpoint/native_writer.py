@@ -80,11 +80,13 @@ def complete_folder(path: pathlib.Path, *, overwrite: bool = False, nbytes: int 
         UserError: `path` exists (unless `overwrite` and it is a native checkpoint), or cannot be written.
     """
     path = pathlib.Path(os.path.abspath(path))
+    with contextlib.suppress(OSError):
+        _sweep(path)
     check_destination(path, overwrite)
     unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
         free = shutil.disk_usage(path.parent).free
         if free < nbytes:
             raise UserError(f"{path}: needs {nbytes:,} bytes and {free:,} are free; free space or choose another disk")
@@ -96,18 +98,32 @@ def complete_folder(path: pathlib.Path, *, overwrite: bool = False, nbytes: int 
     try:
         yield unfinished
         _sync(unfinished)
-        if path.exists():
-            replaced = path.with_name(f"{path.name}.old-{os.getpid()}")
-            path.rename(replaced)
-            unfinished.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            unfinished.rename(path)
+        _put_in_place(unfinished, path)
         _sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: writing failed ({error.strerror}); nothing is left there") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not path.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _put_in_place(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a folder its name. What has the name is removed after that, and gets it back where that fails."""
+    if not path.exists():
+        unfinished.rename(path)
+        return
+    replaced = path.with_name(f"{path.name}.old-{os.getpid()}")
+    try:
+        path.rename(replaced)
+        unfinished.rename(path)
+    except BaseException:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_destination(path: pathlib.Path, overwrite: bool) -> None:
@@ -126,10 +142,14 @@ def check_destination(path: pathlib.Path, overwrite: bool) -> None:
 
 
 def _sweep(path: pathlib.Path) -> None:
-    """Removes what a killed attempt at the same destination left."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
-        match = re.fullmatch(r".*\.tmp-(\d+)", left.name)
-        if match and not _alive(int(match[1])):
+    """Removes what a killed attempt at the same destination left, or puts back what it was replacing."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*-*"):
+        match = re.fullmatch(r".*\.(tmp|old)-(\d+)", left.name)
+        if match is None or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not path.exists():
+            left.rename(path)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 
