@@ -401,7 +401,11 @@ def test_what_is_read_or_referred_to_is_never_replaced(tmp_path):
     ):
         with pytest.raises(UserError, match=r"which is read for|that the result would refer to"):
             convert(tmp_path / source, tmp_path / destination, options)
+    only = Options(components=("transformer",), overwrite=True)
+    with pytest.raises(UserError, match=r"part takes its \w+ from .*whole, and the result would have none"):
+        convert(tmp_path / "src", tmp_path / "whole", only)
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == before
+    convert(tmp_path / "src", tmp_path / "whole", Options(overwrite=True))  # has all that it had
     open_checkpoint(tmp_path / "part").tensors("vae")
 
 

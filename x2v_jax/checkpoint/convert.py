@@ -1,14 +1,16 @@
 """Converts published checkpoints to the native format, streaming: one layer's tensor in memory at a time."""
 
+import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import x2v_jax
 from x2v_jax.checkpoint.calibration import ABOUT
 from x2v_jax.checkpoint.hashing import HashThread
 from x2v_jax.checkpoint.native_writer import (
+    MODEL_FILE,
     check_destination,
     complete_folder,
     copy_tokenizer,
@@ -105,6 +107,25 @@ def _check_nothing_needed_is_replaced(destination: pathlib.Path, plan: Plan, oth
             raise UserError(
                 f"{destination} holds the {component} that the result would refer to; choose another destination"
             )
+    for user, component in _users(there):
+        if component not in plan.opened and not (component == "tokenizer" and plan.tokenizer):
+            raise UserError(
+                f"{user} takes its {component} from {destination}, and the result would have none; choose another "
+                "destination"
+            )
+
+
+def _users(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+    """Converted checkpoints beside a folder that refer to it, and for which component."""
+    for file in sorted(folder.parent.glob(f"*/{MODEL_FILE}")) if folder.is_dir() else ():
+        try:
+            components = json.loads(file.read_text())["components"]
+            targets = {name: entry.get("reference") for name, entry in components.items()}
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # damaged: whoever runs it is told
+        for component, target in targets.items():
+            if isinstance(target, str) and pathlib.Path(os.path.realpath(file.parent / target)) == folder:
+                yield file.parent, component
 
 
 def _write(plan: Plan, folder: pathlib.Path, on_progress: Progress) -> dict[str, Any]:
