@@ -19,6 +19,22 @@ QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 LAYOUTS = ("wan", "lightx2v", "diffusers")
 LORA_DIALECTS = ("lightx2v", "comfyui", "diffusers")
 
+# Arguments that are paths -> what the command line calls them.
+_PATHS = {
+    "source": "SRC",
+    "destination": "DST",
+    "checkpoint": "CKPT",
+    "path": "PATH",
+    "base": "BASE",
+    "distilled": "DISTILLED",
+    "smooth": "--smooth",
+    "reuse": "--reuse",
+    "against": "--against",
+    "prompts": "--prompts",
+    "images": "--images",
+    "report": "--report",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -47,7 +63,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     export.add_argument("--layout", required=True, choices=LAYOUTS)
     _add_extract_lora(commands)
     _add_calibrate(commands)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name, shown in _PATHS.items():
+        if getattr(args, name, None) == "":  # which would be taken for the folder that one is in
+            raise UserError(f"{shown} is empty; give a file or folder")
+    return args
 
 
 def _add_wan(commands: Any) -> None:
@@ -106,6 +126,7 @@ def _add_extract_lora(commands: Any) -> None:
     extract.add_argument("--dialect", choices=LORA_DIALECTS, default="lightx2v", help="who is to read it")
     extract.add_argument("--dtype", choices=DTYPES[1:], default="bfloat16", help="type of the file's numbers")
     extract.add_argument("--report", metavar="FILE.json", help="write what was kept of every layer")
+    extract.add_argument("--overwrite", action="store_true", help="replace the files that are there")
 
 
 def _rank(text: str) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -23,7 +24,11 @@ def describe(args: argparse.Namespace) -> None:
 
 def _each_matrix(args: argparse.Namespace) -> None:
     from x2v_jax.checkpoint.quantization_report import quantization_report, summary
+    from x2v_jax.checkpoint.quantization_source import against_notes
 
+    if args.against:
+        for note in against_notes(args.path, args.against):
+            print(f"note: {note}", file=sys.stderr if args.json else sys.stdout)
     reports = []
     for report in quantization_report(args.path, args.against):
         reports.append(report)

@@ -10,7 +10,14 @@ from x2v_jax.checkpoint.calibration import Calibration, write_calibration
 from x2v_jax.checkpoint.names_smoothing import GROUPS
 
 
-def recording(path: pathlib.Path, config: Any, *, variant: str = "base", changes: dict[str, Any] | None = None):
+def recording(
+    path: pathlib.Path,
+    config: Any,
+    *,
+    variant: str = "base",
+    prompts: int | None = 3,
+    changes: dict[str, Any] | None = None,
+):
     """Written to `path`: channels of which a few are large. changes: arrays by input to replace."""
     rng = np.random.default_rng(5)
     maxima = {}
@@ -19,7 +26,8 @@ def recording(path: pathlib.Path, config: Any, *, variant: str = "base", changes
         values[:, :2] *= 40
         values[:, 5] = 0
         maxima[name] = values
-    about = {"config": json.dumps(config.to_dict()), "variant": variant, "prompts": "3"}
+    about = {"config": json.dumps(config.to_dict()), "variant": variant}
+    about |= {"prompts": str(prompts)} if prompts is not None else {}
     calibration = Calibration(maxima | (changes or {}), about, path)
     write_calibration(calibration)
     return calibration

@@ -67,8 +67,12 @@ def test_files_of_another_kind_are_refused(tmp_path):
     lora = save(tmp_path / "l.safetensors", {"x": np.ones(3, np.float32)})
     with pytest.raises(UserError, match=r"--smooth .*l\.safetensors: it holds no recorded activations"):
         read_calibration(lora)
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match=r"it is a folder; give the file that `python -m convert calibrate` made"):
         read_calibration(tmp_path)
+    with pytest.raises(UserError, match="there is no such file"):
+        read_calibration(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"^--smooth is empty; give a file"):
+        read_calibration("")
     (tmp_path / "text.safetensors").write_text("a prompt")
     with pytest.raises(UserError, match=r"--smooth .*text\.safetensors: "):
         read_calibration(tmp_path / "text.safetensors")
@@ -76,11 +80,32 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match="its version is '2', and this program reads '1'"):
         read_calibration(path)
     _write(path, {"self_attn.q": written.maxima["self_attn.q"]}, header)
-    with pytest.raises(UserError, match=r"does not hold self_attn\.q, self_attn\.o, .* in float32"):
+    with pytest.raises(UserError, match=r"c\.safetensors: self_attn\.o is missing; cross_attn\.q is missing; "):
         read_calibration(path)
-    _write(path, {name: x.astype(np.float64) for name, x in written.maxima.items()}, header)
-    with pytest.raises(UserError, match="does not hold"):
+    _write(path, {**written.maxima, "ffn.linear_2": np.ones((2, 32), np.float32)}, header)
+    with pytest.raises(UserError, match=r"c\.safetensors: ffn\.linear_2 is unknown; calibrate again"):
         read_calibration(path)
+    _write(path, {**written.maxima, "self_attn.q": np.ones((2, 32), np.float64)}, header)
+    with pytest.raises(UserError, match=r"c\.safetensors: self_attn\.q is float64 of shape \[2, 32\] and must be f"):
+        read_calibration(path)
+
+
+def test_nothing_but_zeros_is_no_recording(tmp_path):
+    zeros = {name: np.zeros((2, 32), np.float32) for name in GROUPS}
+    path = recording(tmp_path / "c.safetensors", CONFIG, changes=zeros).path
+    with pytest.raises(UserError, match="nothing was recorded, all of its numbers are 0; calibrate again"):
+        read_calibration(path).check(CONFIG)
+
+
+@pytest.mark.parametrize("left", [0, 5, 300, -4])
+def test_a_file_that_was_cut_is_not_downloaded_again(tmp_path, left):
+    path = recording(tmp_path / "c.safetensors", CONFIG).path
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UserError) as caught:
+        read_calibration(path)
+    text = str(caught.value)
+    assert text.count(str(path)) == 1 and "?" not in text and "ownload" not in text and ".;" not in text
+    assert text.startswith(f"--smooth {path}: it is ") and text.endswith("; run `python -m convert calibrate` again")
 
 
 def test_a_place_that_cannot_be_written_is_said_before(tmp_path):

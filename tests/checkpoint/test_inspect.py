@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, official_folder, random_tensors, save, save_json
+from smooth_checkpoints import recording
 
 from convert.memory import phases
 from x2v_jax.checkpoint.convert import convert
@@ -47,6 +48,35 @@ def test_a_native_checkpoint(tmp_path):
     (tmp_path / "native/vae.safetensors").unlink()
     broken = inspect(tmp_path / "native")
     assert "vae.safetensors is missing" in network(broken, "vae").problems[0]
+
+
+def test_a_native_checkpoint_with_a_cut_file_is_damaged_and_not_offered_to_run(tmp_path):
+    official_folder(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "native")
+    file = tmp_path / "native/transformer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    found = inspect(tmp_path / "native", phases)
+    shown = to_text(found)
+    assert found.commands == () and "python -m infer" not in shown
+    assert "damaged or incomplete: " in shown and "ownload" not in shown and "it is truncated" in shown
+    assert "damaged    transformer: it cannot be run; copy the whole folder or convert it again" in shown
+
+
+def test_a_file_of_this_projects_own_is_named(tmp_path):
+    official_folder(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "native")
+    part = tmp_path / "native/transformer.safetensors"
+    found = inspect(part)
+    assert (found.layout, found.commands, found.networks) == ("part", (), ())
+    assert "part of a converted checkpoint; give its folder" in to_text(found)
+    with pytest.raises(UserError, match=r"transformer\.safetensors is part of a converted checkpoint; give its folder"):
+        convert(part, tmp_path / "out")
+    calibration = recording(tmp_path / "c.safetensors", CONFIGS["transformer"]).path
+    found = inspect(calibration)
+    assert found.model == "recorded activations, for --smooth"
+    assert found.commands == (f"python -m convert wan MODEL DST --quantize int8 --smooth {calibration}",)
+    with pytest.raises(UserError, match=r"c\.safetensors is recorded activations, for --smooth"):
+        convert(calibration, tmp_path / "out")
 
 
 def test_problems_are_told_and_do_not_stop_it(tmp_path):

@@ -197,6 +197,12 @@ def test_the_command_writes_file_and_report(tmp_path: pathlib.Path, base, capsys
     assert "blocks.*.self_attn.q.weight" in out and f"wrote {file}" in out
     layers = json.loads(account.read_text())["layers"]
     assert {"key", "kept_as", "rank", "change", "energy", "kept"} == set(layers[0])
+    assert main(command) == 2 and f"{file} exists; choose another name or give --overwrite" in capsys.readouterr().err
+    other = [*command[:3], str(tmp_path / "y.safetensors"), "--report", str(account)]
+    assert main(other) == 2 and f"--report {account} exists" in capsys.readouterr().err
+    assert not (tmp_path / "y.safetensors").exists()
+    assert main([*command, "--report", str(account), "--overwrite"]) == 0
+    capsys.readouterr()
     assert main([*command[:3], "x.bin"]) == 2 and main([*command[:4], "--rank", "none"]) == 2
     errors = capsys.readouterr().err
     assert "does not end in .safetensors" in errors and "'none' is no whole number" in errors

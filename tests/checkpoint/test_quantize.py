@@ -27,6 +27,7 @@ from x2v_jax.checkpoint.inspect import inspect, to_text
 from x2v_jax.checkpoint.lora_extract import extract_lora
 from x2v_jax.checkpoint.options import Options
 from x2v_jax.checkpoint.quantization_report import quantization_report, summary
+from x2v_jax.checkpoint.quantization_source import against_notes
 from x2v_jax.checkpoint.safetensors_file import read_safetensors
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.checkpoint.torch_file import read_torch_file
@@ -317,6 +318,7 @@ def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_
     notes = convert(tmp_path / "src", tmp_path / "out", Options(loras=((path, 0.5),)))
     said = f"2 of the changed matrices are {WORDS[word]}: they are multiplied out, merged in float32 and rounded"
     assert any(said in note for note in notes)
+    assert f"transformer: 28 matrices are {WORDS[word]} and stay so, bit for bit" in notes
     stored = lightx2v(TRANSFORMER, word)
     expected = dict(stored)
     expected["head.head.weight"] = stored["head.head.weight"] + np.float32(0.5) * changes["head.head.weight"]
@@ -396,8 +398,35 @@ def test_inspect_tells_the_error_of_each_matrix(tmp_path, word):
         list(quantization_report(tmp_path / "out", tmp_path / "out"))
     other = tmp_path / "other"
     tiny_models.write_checkpoint(other)
-    with pytest.raises(UserError, match="missing or of another size"):
+    with pytest.raises(UserError, match=r"its transformer is of another task or other sizes .*dim is 32 there and 24"):
         list(quantization_report(tmp_path / "out", other))
+
+
+def test_errors_against_another_model_are_refused_or_told(tmp_path):
+    """i2v has all matrices of t2v, and another model of the same sizes has them all."""
+    official_folder(tmp_path / "src")
+    official_folder(tmp_path / "i2v", image=True)
+    convert(tmp_path / "src", tmp_path / "out", Options(quantize="int8"))
+    with pytest.raises(UserError, match=r"--against .*i2v: its transformer is of .*model_type is 'i2v' there"):
+        list(quantization_report(tmp_path / "out", tmp_path / "i2v"))
+    assert not list(against_notes(tmp_path / "out", tmp_path / "src"))
+    distilled = save(tmp_path / "d/distill.safetensors", random_tensors("transformer", seed=9))
+    save_json(tmp_path / "d/config.json", official_config(CONFIGS["transformer"]))
+    (note,) = against_notes(tmp_path / "out", distilled)
+    assert "its transformer's variant is 'distill', and that of" in note and "is 'base'" in note
+    assert "note: transformer: so much does not come of 8 bits" in "".join(
+        summary(list(quantization_report(tmp_path / "out", distilled)))
+    )
+    # A file of the same name with other contents, and with another size.
+    twin = tmp_path / "twin/diffusion_pytorch_model.safetensors"
+    for dtype in (np.float32, BF16):
+        save(twin, random_tensors("transformer", seed=9, dtype=dtype))
+        save_json(tmp_path / "twin/config.json", official_config(CONFIGS["transformer"]))
+        (note,) = against_notes(tmp_path / "out", tmp_path / "twin")
+        assert f"{twin} is not the file of that name that {tmp_path / 'out'} was made of" in note
+    # Of a folder with several, the one of the same variant is taken.
+    save(tmp_path / "src/distill_models/distill_model.safetensors", random_tensors("transformer", seed=9))
+    assert max(r.relative_error or 0 for r in quantization_report(tmp_path / "out", tmp_path / "src")) < 0.012
 
 
 def without(key):

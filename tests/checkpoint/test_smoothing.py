@@ -252,12 +252,16 @@ def test_what_cannot_take_the_factors_is_refused(tmp_path, source, calibration):
         ({"dtype": "bfloat16"}, "--dtype bfloat16"),
         ({"quantize": "int8"}, "--quantize"),
         ({"quantize": "int8", "smooth": str(calibration.path)}, "--quantize"),
-        ({"quantize": "fp8", "quantize_components": ("text_encoder",)}, "--quantize"),
+        ({"quantize": "int8", "quantize_components": ("transformer", "text_encoder")}, "--quantize"),
+        ({"quantize": "int8", "dtype": "float32", "quantize_components": ("text_encoder",)}, "--dtype float32"),
     ):
         with pytest.raises(UserError, match=f"^{flag}: the transformer of .* is smoothed"):
             convert(out, tmp_path / "again", Options(**changes))
+    with pytest.raises(UserError, match=r"converted already; .* --quantize none, .*carries the transformer over"):
+        convert(out, tmp_path / "again", Options(reuse=str(source)))
     # Multiplied out, a LoRA fits again.
-    convert(out, tmp_path / "again", Options(quantize="none", loras=((str(lora), 1.0),)))
+    notes = convert(out, tmp_path / "again", Options(quantize="none", loras=((str(lora), 1.0),)))
+    assert "transformer: the factors that it was smoothed with (alpha 0.5) are undone" in notes
     with pytest.raises(UserError, match="whose rounding the LoRA would hold too"):
         extract_lora(open_checkpoint(source), open_checkpoint(out), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="floats are needed here"):
@@ -269,6 +273,27 @@ def test_what_cannot_take_the_factors_is_refused(tmp_path, source, calibration):
     assert open_checkpoint(tmp_path / "t").quantization("text_encoder") == "int8"
 
 
+def test_where_only_others_change_it_is_carried_over_bit_for_bit(tmp_path, source, calibration):
+    convert(source, tmp_path / "one", options(calibration.path, smooth_alpha=0.4))
+    changes = Options(quantize="int8", quantize_components=("text_encoder",))
+    notes = convert(tmp_path / "one", tmp_path / "two", changes)
+    assert any("24 matrices are int8 and stay so, bit for bit" in note for note in notes)
+    both = ("transformer", "text_encoder")
+    convert(source, tmp_path / "at once", options(calibration.path, smooth_alpha=0.4, quantize_components=both))
+    one, two, once = (open_checkpoint(tmp_path / name) for name in ("one", "two", "at once"))
+    assert two.smoothing("transformer") == 0.4 and two.model["format_version"] == 3
+    assert two.model["quantization"] == once.model["quantization"]
+    assert two.model["provenance"]["calibration"] == one.model["provenance"]["calibration"]
+    for made, component in ((one, "transformer"), (once, "transformer"), (once, "text_encoder")):
+        expected, found = made.tensors(component), two.tensors(component)
+        if component == "transformer":
+            expected, found = expected | made.smoothing_inverses(component), found | two.smoothing_inverses(component)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert tensor.dtype == found[name].dtype
+            assert tensor.read().tobytes() == found[name].read().tobytes(), name
+
+
 def test_options_that_do_not_go_together_are_refused_first(tmp_path, source, calibration):
     path = str(calibration.path)
     for changes, message in (
@@ -277,6 +302,7 @@ def test_options_that_do_not_go_together_are_refused_first(tmp_path, source, cal
         ({"smooth_alpha": 0.5, "quantize": "int8"}, "--smooth-alpha: give with --smooth the file"),
         ({"smooth": path, "quantize": "int8", "smooth_alpha": 1.5}, "--smooth-alpha is 1.5"),
         ({"smooth": path, "quantize": "int8", "quantize_components": ("text_encoder",)}, "--smooth: it is for the tr"),
+        ({"smooth": "", "quantize": "int8"}, "--smooth is empty; give a file that `python -m convert calibrate` made"),
         ({"smooth": str(tmp_path / "no"), "quantize": "int8"}, "there is no such file; `python -m convert calibrate"),
         ({"smooth": path, "quantize": "int8", "components": ("vae",)}, "no transformer is converted here"),
     ):
@@ -296,6 +322,12 @@ def test_nan_in_a_weight_is_named(tmp_path):
     with pytest.raises(UserError, match=r"blocks\.1\.self_attn\.k\.weight holds NaN or infinity"):
         convert(tmp_path / "src", tmp_path / "out", options(calibration.path, variant="base"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recording_that_does_not_say_of_how_many_prompts(tmp_path, source):
+    path = recording(tmp_path / "c.safetensors", tiny_models.I2V, prompts=None).path
+    notes = convert(source, tmp_path / "out", options(path))
+    assert f"transformer: smoothed with alpha 0.5 by {path}" in notes
 
 
 def test_another_variants_recording_is_taken_with_a_sentence(tmp_path, source):

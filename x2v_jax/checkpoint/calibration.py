@@ -4,19 +4,21 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from x2v_jax.checkpoint.names_smoothing import GROUPS
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors
+from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors, without_advice
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import WanConfig
 
 SUFFIX = ".safetensors"
-_FORMAT = "x2v-jax calibration"
+FORMAT = "x2v-jax calibration"
 _VERSION = "1"
+_COMMAND = "`python -m convert calibrate`"
 # What makes two transformers' activations the same arrays.
 _SIZES = ("model_type", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim")
 # What its header tells of the recording itself; a checkpoint that was smoothed by it repeats this.
@@ -65,6 +67,11 @@ class Calibration:
         ]
         if problems:
             raise UserError(f"{self._where}: {'; '.join(problems)}; calibrate again")
+        if not any(found.any() for found in self.maxima.values()):
+            raise UserError(
+                f"{self._where}: nothing was recorded, all of its numbers are 0; calibrate again, with prompts of what "
+                "the model is to make"
+            )
 
     @property
     def _where(self) -> str:
@@ -94,7 +101,7 @@ def write_calibration(calibration: Calibration) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    header = {"format": _FORMAT, "version": _VERSION, **calibration.about}
+    header = {"format": FORMAT, "version": _VERSION, **calibration.about}
     specs = {name: (found.shape, np.dtype(np.float32)) for name, found in calibration.maxima.items()}
     with SafetensorsWriter(calibration.path, specs, header) as writer:
         for name, found in calibration.maxima.items():
@@ -106,23 +113,37 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
     Raises:
         UserError: it is missing, damaged, or no file of recorded activations.
     """
+    if not os.fspath(path):
+        raise UserError(f"--smooth is empty; give a file that {_COMMAND} made")
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"--smooth {path}: it is a folder; give the file that {_COMMAND} made, which ends in {SUFFIX}")
     if not path.is_file():
         raise UserError(f"--smooth {path}: there is no such file; `python -m convert calibrate CKPT {path}` makes one")
     try:
         header: Mapping[str, Any] = read_metadata(path)
         tensors = read_safetensors(path)
     except UserError as error:
-        raise UserError(f"--smooth {path}: {error}") from None
-    if header.get("format") != _FORMAT:
-        raise UserError(
-            f"--smooth {path}: it holds no recorded activations; give a file that `python -m convert calibrate` made"
-        )
+        raise UserError(f"--smooth {path}: {_reason(str(error))}; run {_COMMAND} again") from None
+    if header.get("format") != FORMAT:
+        raise UserError(f"--smooth {path}: it holds no recorded activations; give a file that {_COMMAND} made")
     if header.get("version") != _VERSION:
         raise UserError(
             f"--smooth {path}: its version is {header.get('version')!r}, and this program reads {_VERSION!r}; "
             "calibrate again with this version"
         )
-    if tensors.keys() != GROUPS.keys() or any(t.dtype != np.float32 or t.ndim != 2 for t in tensors.values()):
-        raise UserError(f"--smooth {path}: it does not hold {', '.join(GROUPS)} in float32; calibrate again")
+    wrong = [f"{name} is missing" for name in GROUPS if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in GROUPS]
+    wrong += [
+        f"{name} is {tensor.dtype.name} of shape {list(tensor.shape)} and must be float32 of two axes"
+        for name, tensor in tensors.items()
+        if name in GROUPS and (tensor.dtype != np.float32 or tensor.ndim != 2)
+    ]
+    if wrong:
+        raise UserError(f"--smooth {path}: {'; '.join(wrong)}; calibrate again")
     return Calibration({name: np.array(t.read()) for name, t in tensors.items()}, header, path)
+
+
+def _reason(text: str) -> str:
+    """What is wrong with a file, without its name, which the sentence begins with."""
+    return re.sub(r"\Acannot read '.*?': ", "", without_advice(text), flags=re.DOTALL)

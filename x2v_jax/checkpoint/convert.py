@@ -61,7 +61,7 @@ def convert(
         if bad and not options.allow_nonfinite:
             raise UserError(f"NaN or infinity in {bad}; download the file again, or keep them with --allow-nonfinite")
         results = hashes.results()
-        provenance = {
+        provenance: dict[str, Any] = {
             "sources": [{"file": _relative(f, plan.layout.path), **results[f]} for f in plan.source_files],
             "command": options.command,
             "version": x2v_jax.__version__,
@@ -73,6 +73,8 @@ def convert(
                 ),
             ],
         }
+        if plan.earlier_calibration is not None:
+            provenance["calibration"] = plan.earlier_calibration
         if plan.calibration is not None:
             file, about = plan.calibration.path, plan.calibration.about
             provenance["calibration"] = {

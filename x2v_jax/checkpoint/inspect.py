@@ -12,6 +12,7 @@ from x2v_jax.checkpoint.lora_keys import Role
 from x2v_jax.checkpoint.names import COMPONENTS, parameter_count
 from x2v_jax.checkpoint.opened import open_source
 from x2v_jax.checkpoint.quantization_plan import stored_quantization
+from x2v_jax.checkpoint.safetensors_file import without_advice
 from x2v_jax.checkpoint.schedules import default_schedule
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
@@ -26,6 +27,8 @@ _LAYOUTS = {
     "file": "single file",
     "native": "native checkpoint (converted)",
     "lora": "LoRA",
+    "part": "file of a converted checkpoint",
+    "calibration": "recorded activations (converter's `calibrate`)",
     "unknown": "unknown",
 }
 
@@ -35,7 +38,7 @@ class Network:
     """One network of a path.
 
     quantization: the type of its matrices where they can be run in 8 bits. smoothing: the alpha that they were smoothed
-    with before, None where they were not. problems: why it cannot be converted, empty
+    with before, None where they were not. problems: why it cannot be converted, or (of a converted one) run; empty
     when it can.
     """
 
@@ -109,7 +112,16 @@ def inspect(path: str | pathlib.Path, memory: Memory = lambda *sizes: {}) -> Des
         left_out={str(p): reason for p, reason in layout.left_out},
         variants=layout.variants,
         commands=_commands(layout),
-        model=_lora_name(layout.path) if layout.kind == "lora" and layout.path.is_file() else None,
+        model=_name_of_other(layout),
+    )
+
+
+def _name_of_other(layout: Layout) -> str | None:
+    """Of files that hold no network to convert; None of others."""
+    if layout.kind == "lora" and layout.path.is_file():
+        return _lora_name(layout.path)
+    return {"part": "part of a converted checkpoint", "calibration": "recorded activations, for --smooth"}.get(
+        layout.kind
     )
 
 
@@ -164,7 +176,7 @@ def _native(checkpoint: NativeCheckpoint, memory: Memory) -> Description:
         try:
             tensors = list(checkpoint.tensors(component).values())
         except UserError as error:
-            problems = (str(error),)
+            problems = (without_advice(str(error)),)
         networks.append(
             Network(
                 component,
@@ -193,7 +205,8 @@ def _native(checkpoint: NativeCheckpoint, memory: Memory) -> Description:
         tokenizer=str(tokenizer) if tokenizer else None,
         left_out={},
         variants=(checkpoint.variant,),
-        commands=(f"python -m infer --config.checkpoint={path}",),
+        # What is damaged would not run.
+        commands=() if any(n.problems for n in networks) else (f"python -m infer --config.checkpoint={path}",),
     )
 
 
@@ -250,6 +263,8 @@ def _commands(layout: Layout) -> tuple[str, ...]:
     path = shlex.quote(str(layout.path))
     if layout.kind == "lora":
         return (f"python -m convert wan MODEL DST --lora {path}",)
+    if layout.kind == "calibration":
+        return (f"python -m convert wan MODEL DST --quantize int8 --smooth {path}",)
     if not layout.sources:
         return ()
     states = [s for s in layout.of("transformer") if s.state and s.variant is None]
@@ -270,17 +285,19 @@ def to_text(found: Description, counted: str = "") -> str:
         dtypes = ", ".join(f"{name} x{count}" for name, count in network.dtypes.items())
         lines.append(f"  {network.component}{variant}")
         lines.append(f"    {network.where}")
-        lines.append(
-            f"    {network.tensors:,} tensors, {_count(network.parameters)} parameters, {_size(network.bytes)}, "
-            f"{network.naming} names; {dtypes}"
-        )
+        if network.tensors:
+            lines.append(
+                f"    {network.tensors:,} tensors, {_count(network.parameters)} parameters, {_size(network.bytes)}, "
+                f"{network.naming} names; {dtypes}"
+            )
         if network.quantization:
             smoothed = "" if network.smoothing is None else f", smoothed with alpha {network.smoothing:g}"
             lines.append(
                 f"    matrices of the blocks: {network.quantization}{smoothed}; --layers tells of each, --against SRC "
                 "of errors"
             )
-        lines += [f"    cannot be converted: {problem}" for problem in network.problems]
+        wrong = "damaged or incomplete" if found.layout == "native" else "cannot be converted"
+        lines += [f"    {wrong}: {problem}" for problem in network.problems]
     if found.networks:
         lines.append(f"  tokenizer  {found.tokenizer or 'not here'}")
     if found.missing:
@@ -292,6 +309,9 @@ def to_text(found: Description, counted: str = "") -> str:
         lines.append(f"  memory     {peak} on the device for {found.memory_at}")
         lines.append(f"             {phases}")
         lines.append(f"             counted: {counted}")
+    damaged = [network.component for network in found.networks if network.problems]
+    if found.layout == "native" and damaged:
+        lines.append(f"  damaged    {', '.join(damaged)}: it cannot be run; copy the whole folder or convert it again")
     for command in found.commands:
         lines.append(f"  {'run' if found.layout == 'native' else 'convert'}{'':4}{command}")
     return "\n".join(lines)

@@ -9,8 +9,11 @@ import pathlib
 import re
 
 from x2v_jax.checkpoint.account import ranges
+from x2v_jax.checkpoint.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.checkpoint.file_sets import SUFFIXES, FileSet, file_set_of, file_sets, read_json
 from x2v_jax.checkpoint.names import COMPONENTS
+from x2v_jax.checkpoint.native_writer import FORMAT
+from x2v_jax.checkpoint.safetensors_file import read_metadata
 from x2v_jax.checkpoint.sources import Kind, RawTensors, identify, read_raw, unwrapped
 from x2v_jax.errors import UserError
 
@@ -41,6 +44,12 @@ _HINTS = (
     (re.compile(r"caus(?:vid|al)"), "causvid"),
     (re.compile(r"distill"), "distill"),
 )
+
+
+# Why a file is left out.
+_LORA = "a LoRA; give it with --lora to the conversion of its model"
+_PART = "part of a converted checkpoint; give its folder, which has a model.json"
+_CALIBRATION = "recorded activations, for --smooth of the conversion of their model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +92,8 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a path holds. kind: wan, lightx2v, diffusers, trainer, file, native, lora or unknown.
+    """What a path holds. kind: wan, lightx2v, diffusers, trainer, file, native, lora, part (a file of a native
+    checkpoint), calibration (recorded activations) or unknown.
 
     left_out: file or folder -> why it is not used.
     """
@@ -127,7 +137,7 @@ def recognise(path: str | pathlib.Path) -> Layout:
     layout = _scan(path, "wan", _SUBFOLDERS)
     kinds = {s.kind for s in layout.sources}
     if not layout.sources:
-        kind = "lora" if any(reason.startswith("a LoRA") for _, reason in layout.left_out) else "unknown"
+        kind = "lora" if any(reason == _LORA for _, reason in layout.left_out) else "unknown"
         return dataclasses.replace(layout, kind=kind)
     if any(s.files[0].parent.name in _SUBFOLDERS and s.files[0].parent != path for s in layout.sources) or any(
         s.precision for s in layout.sources
@@ -153,7 +163,8 @@ def _recognise_file(path: pathlib.Path) -> Layout:
     files = file_set_of(path)
     found = _source(files, path.parent, None)
     if isinstance(found, str):
-        return Layout(path, "lora" if found.startswith("a LoRA") else "unknown", left_out=((path, found),))
+        kinds = {_LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
+        return Layout(path, kinds.get(found, "unknown"), left_out=((path, found),))
     kind = "trainer" if found.state else "lightx2v" if found.precision else "file"
     return Layout(path, kind, (found,), _tokenizer(path.parent))
 
@@ -200,6 +211,9 @@ def _prefer_safetensors(found: list[Source]) -> tuple[list[Source], list[tuple[p
 def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> Source | str:
     """The network in a set of files, or the reason why there is none that can be used."""
     try:
+        ours = _of_ours(files.files[0])
+        if ours is not None:
+            return ours
         raw = read_raw(files.files[:1]) if files.index else read_raw(files.files)
         kind = identify(raw.tensors)
         if kind.component is None and files.index:
@@ -210,7 +224,7 @@ def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> Source |
             return str(error)
         raise
     if kind.component == "lora":
-        return "a LoRA; give it with --lora to the conversion of its model"
+        return _LORA
     if kind.component is None:
         return "holds none of Wan2.1's networks"
     names = {tensor.dtype.name for tensor in raw.tensors.values()}
@@ -228,6 +242,14 @@ def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> Source |
         precision,
         files if files.index else None,
     )
+
+
+def _of_ours(path: pathlib.Path) -> str | None:
+    """What a file is that this project wrote and that is no source of a conversion; None of others."""
+    if path.suffix != ".safetensors":
+        return None
+    written = read_metadata(path).get("format")
+    return {FORMAT: _PART, CALIBRATION_FORMAT: _CALIBRATION}.get(written or "")
 
 
 def _is_auxiliary(files: FileSet) -> bool:

@@ -95,6 +95,7 @@ def extract_lora(
     rank: int = 64,
     dialect: str = "lightx2v",
     dtype: str = "bfloat16",
+    overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ExtractReport:
     """Writes the difference of two transformers as a LoRA file.
@@ -105,15 +106,19 @@ def extract_lora(
         rank: of the pairs; a layer that a pair would not make smaller is kept whole (where the dialect can).
         dialect: "lightx2v", "comfyui" or "diffusers"; see `lora_writer`.
         dtype: of the file: "bfloat16", "float16" or "float32".
+        overwrite: replace a file that is there.
         progress: called with (parameters done, parameters in all).
 
     Returns:
         What was kept of each difference.
 
     Raises:
-        UserError: models of different sizes, without a difference, or with NaN; or the file cannot be written.
+        UserError: models of different sizes, without a difference, or with NaN; or the file exists, or cannot be
+            written.
     """
-    check_destination(destination, dialect, dtype)
+    path = check_destination(destination, dialect, dtype)
+    if path.is_file() and not overwrite:
+        raise UserError(f"{path} exists; choose another name or give --overwrite")
     if rank < 1:
         raise UserError(f"rank is {rank}; give 1 or more (32 to 128 is usual)")
     config = base.config("transformer")
@@ -144,7 +149,7 @@ def extract_lora(
             if key in changed:  # the others are zero pairs that carry a bias
                 layers.append(layer)
         progress(len(todo), len(todo))
-    return ExtractReport(pathlib.Path(destination), tuple(layers))
+    return ExtractReport(path, tuple(layers))
 
 
 def low_rank(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

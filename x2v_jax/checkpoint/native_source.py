@@ -1,12 +1,24 @@
 """A native checkpoint as the source of a conversion: to other types, to or from 8 bits, or with LoRAs merged in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
+
+from x2v_jax.checkpoint.arrays import has_nonfinite, row_pieces
 from x2v_jax.checkpoint.names import COMPONENTS
+from x2v_jax.checkpoint.names_smoothing import GROUPS
+from x2v_jax.checkpoint.native_writer import Streamed
 from x2v_jax.checkpoint.opened import Opened, open_native
 from x2v_jax.checkpoint.options import Options
 from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.streaming import Findings
 from x2v_jax.errors import UserError
+
+# What can be asked of a checkpoint whose transformer is smoothed.
+_FOR_SMOOTHED = (
+    "--quantize none, which multiplies it out, or --quantize int8 or fp8 with --quantize-component text_encoder or "
+    "image_encoder, which carries the transformer over bit for bit"
+)
 
 
 def open_native_source(
@@ -26,9 +38,11 @@ def open_native_source(
         UserError: nothing would change, or an option is for published files only.
     """
     if options.quantize == "keep" and options.dtype == "keep" and not options.loras:
+        smoothed = native.has("transformer") and native.smoothing("transformer") is not None
+        what = _FOR_SMOOTHED if smoothed else "--quantize int8, fp8 or none, --dtype or --lora"
         raise UserError(
             f"{native.path} is converted already; run it with `python -m infer --config.checkpoint={native.path}`, or "
-            "say what to change with --quantize, --dtype or --lora"
+            f"say what to change with {what}"
         )
     for flag, given in (("--variant", options.variant), ("--set", options.settings)):
         if given:
@@ -47,13 +61,45 @@ def open_native_source(
         elif not own:
             taken[name] = native
     if "transformer" in opened and native.smoothing("transformer") is not None and options.quantize != "none":
-        asked = "--lora" if options.loras else f"--dtype {options.dtype}" if options.dtype != "keep" else "--quantize"
-        raise UserError(
-            f"{asked}: the transformer of {native.path} is smoothed, and its 8-bit weights are not written anew; "
-            "convert the 16- or 32-bit weights with all that is wanted (--lora, --quantize, --smooth), or give "
-            "--quantize none to multiply these out"
-        )
+        _check_carried(native, options)
     return opened, taken
+
+
+def _check_carried(native: NativeCheckpoint, options: Options) -> None:
+    """Raises a UserError where anything is asked of a smoothed transformer, which can only be carried over."""
+    if options.loras:
+        asked = "--lora"
+    elif options.dtype != "keep":
+        asked = f"--dtype {options.dtype}"
+    elif "transformer" in (options.quantize_components or ("transformer",)):
+        asked = "--quantize"
+    else:
+        return
+    raise UserError(
+        f"{asked}: the transformer of {native.path} is smoothed, and its 8-bit weights are not written anew; convert "
+        f"the 16- or 32-bit weights with all that is wanted (--lora, --quantize, --smooth), or give {_FOR_SMOOTHED}"
+    )
+
+
+def carried_over(native: NativeCheckpoint, component: str, findings: Findings) -> dict[str, Streamed]:
+    """Every parameter of a smoothed component as it is stored, the factors among them.
+
+    Args:
+        findings: gets the names of parameters with NaN or infinity, when they are read.
+    """
+    stored = native.tensors(component)
+    stored |= {GROUPS[name].stored: inverse for name, inverse in native.smoothing_inverses(component).items()}
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for part in row_pieces(stored[name].read()):
+            if has_nonfinite(part) and name not in findings.nonfinite:
+                findings.nonfinite.append(name)
+            yield part
+
+    return {
+        name: Streamed(tensor.shape, tensor.dtype, lambda name=name: pieces(name))
+        for name, tensor in sorted(stored.items())
+    }
 
 
 def _changes(native: NativeCheckpoint, component: str, options: Options) -> bool:

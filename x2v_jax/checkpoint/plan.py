@@ -12,11 +12,11 @@ from x2v_jax.checkpoint.layouts import Layout, recognise
 from x2v_jax.checkpoint.lora import LoraFile, merge_into
 from x2v_jax.checkpoint.lora_report import requantized
 from x2v_jax.checkpoint.names import COMPONENTS
-from x2v_jax.checkpoint.native_source import open_native_source
+from x2v_jax.checkpoint.native_source import carried_over, open_native_source
 from x2v_jax.checkpoint.native_writer import Streamed
 from x2v_jax.checkpoint.opened import Opened, open_source, source_notes
 from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.quantization_plan import choose_quantization
+from x2v_jax.checkpoint.quantization_plan import choose_quantization, quantization_notes
 from x2v_jax.checkpoint.schedules import SCHEDULES, default_schedule, override_schedule, resolution_in
 from x2v_jax.checkpoint.selection import select
 from x2v_jax.checkpoint.smoothing_plan import check_smoothing, choose_smoothing
@@ -34,8 +34,9 @@ class Plan:
     """All that a conversion will do.
 
     quantizations: of the components that are 8-bit in the result. smoothing: component -> alpha, of those that are
-    smoothed. calibration: the recording by which they are. earlier_loras: entries of the provenance, of those that a
-    native source has merged already. notes: sentences for the user. findings: filled while streams are read.
+    smoothed. calibration: the recording by which they are. earlier_loras, earlier_calibration: entries of the
+    provenance, of what a native source has merged or was smoothed by already. notes: sentences for the user. findings:
+    filled while streams are read.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Plan:
     variant: str
     schedule: Schedule
     earlier_loras: Sequence[Mapping[str, Any]]
+    earlier_calibration: Mapping[str, Any] | None
     notes: tuple[str, ...]
     findings: Findings
 
@@ -86,15 +88,26 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
         if not options.components and opened.pop("image_encoder", None):
             notes.append("image_encoder left out: a text-to-video model does not use it")
     _check_fit(opened, lenders)
-    quantizations = choose_quantization(opened, options, notes)
+    quantizations = choose_quantization(opened, options)
     tensors = {name: one.found.tensors for name, one in opened.items()}
+    merging: list[str] = []
     if options.loras:
         quantization = quantizations.get("transformer")
-        tensors["transformer"] = _merge_loras(opened.get("transformer"), options, quantization, notes)
+        tensors["transformer"] = _merge_loras(opened.get("transformer"), options, quantization, merging)
+    notes += [*quantization_notes(opened, tensors, quantizations, options), *merging]
     smoother, calibration = choose_smoothing(opened, tensors, quantizations, options, notes)
+    smoothing = {} if smoother is None else {"transformer": smoother.alpha}
     findings = Findings()
     streams: dict[str, dict[str, Streamed]] = {}
+    earlier_alpha = native.smoothing("transformer") if native and "transformer" in opened else None
+    if native and earlier_alpha is not None and options.quantize == "none":
+        notes.append(f"transformer: the factors that it was smoothed with (alpha {earlier_alpha:g}) are undone")
+    elif native and earlier_alpha is not None:
+        smoothing["transformer"] = earlier_alpha
+        streams["transformer"] = carried_over(native, "transformer", findings)
     for name, one in opened.items():
+        if name in streams:
+            continue
         own = smoother if name == "transformer" else None
         streams[name], mixed = stream(one, tensors[name], options.dtype, quantizations[name], findings, own)
         if mixed:
@@ -112,7 +125,7 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
         opened=opened,
         streams=streams,
         quantizations={name: q for name, q in quantizations.items() if q},
-        smoothing={} if smoother is None else {"transformer": smoother.alpha},
+        smoothing=smoothing,
         calibration=calibration,
         references=_references(lenders, pathlib.Path(destination)),
         tokenizer=tokenizer,
@@ -120,6 +133,7 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
         variant=variant,
         schedule=schedule,
         earlier_loras=_loras_of(native),
+        earlier_calibration=_provenance_of(native).get("calibration") if "transformer" in smoothing else None,
         notes=tuple(notes),
         findings=findings,
     )
@@ -160,9 +174,13 @@ def _tokenizer(layout: Layout, native: NativeCheckpoint | None) -> pathlib.Path 
     return layout.tokenizer if native is None else native.tokenizer_file()
 
 
-def _loras_of(native: NativeCheckpoint | None) -> list[Mapping[str, Any]]:
+def _provenance_of(native: NativeCheckpoint | None) -> Mapping[str, Any]:
     provenance = native.model.get("provenance") if native else None
-    loras = provenance.get("loras") if isinstance(provenance, dict) else None
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _loras_of(native: NativeCheckpoint | None) -> list[Mapping[str, Any]]:
+    loras = _provenance_of(native).get("loras")
     return [entry for entry in loras if isinstance(entry, dict)] if isinstance(loras, list) else []
 
 

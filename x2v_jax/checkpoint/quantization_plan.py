@@ -1,20 +1,20 @@
 """Decides which networks of a conversion become or stay 8-bit, and says so."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from x2v_jax.checkpoint.eight_bit import WORDS
 from x2v_jax.checkpoint.names import QUANTIZABLE, table
 from x2v_jax.checkpoint.opened import Opened
 from x2v_jax.checkpoint.options import Options
+from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
 
 
-def choose_quantization(opened: Mapping[str, Opened], options: Options, notes: list[str]) -> dict[str, str | None]:
+def choose_quantization(opened: Mapping[str, Opened], options: Options) -> dict[str, str | None]:
     """The 8-bit type of each network in the result, None for floats.
 
     Args:
         opened: by component.
-        notes: gets sentences for the user.
 
     Raises:
         UserError: it is not known what is meant, or a network is 8-bit in another way already.
@@ -22,7 +22,33 @@ def choose_quantization(opened: Mapping[str, Opened], options: Options, notes: l
     if options.quantize not in ("keep", "none", *WORDS):
         raise UserError(f"--quantize {options.quantize}: give one of keep, none, {', '.join(WORDS)}")
     wanted = _components(opened, options)
-    return {name: _of(one, options, name in wanted, notes) for name, one in opened.items()}
+    return {name: _of(one, options, name in wanted) for name, one in opened.items()}
+
+
+def quantization_notes(
+    opened: Mapping[str, Opened],
+    tensors: Mapping[str, Mapping[str, LazyTensor]],
+    quantizations: Mapping[str, str | None],
+    options: Options,
+) -> Iterator[str]:
+    """Sentences for the user about what becomes of 8-bit weights.
+
+    Args:
+        opened: by component. tensors: the same with LoRAs merged. quantizations: as `choose_quantization` gives them.
+    """
+    for name, one in opened.items():
+        found, target = one.found, quantizations[name]
+        matrices = _matrices(one)
+        if target is None and found.quantized:
+            is_8bit = bool(found.quantized.intersection(matrices))
+            yield _multiplied_out(one, is_8bit and options.quantize != "none")
+        elif target is not None and stored_quantization(one) == target:
+            left = sum(tensors[name][key] is found.tensors[key] for key in matrices)
+            if left:
+                yield f"{name}: {left} matrices are {target} and stay so, bit for bit"
+            yield from _rounded_scales(one, matrices)
+        elif target is not None:
+            yield f"{name}: {len(matrices)} matrices become {target} with a float32 scale a row"
 
 
 def _components(opened: Mapping[str, Opened], options: Options) -> tuple[str, ...]:
@@ -54,24 +80,16 @@ def _matrices(one: Opened) -> list[str]:
     return [k for row in table(one.source.component, one.config) if row.is_quantizable for k in row.official_keys]
 
 
-def _of(one: Opened, options: Options, wanted: bool, notes: list[str]) -> str | None:
+def _of(one: Opened, options: Options, wanted: bool) -> str | None:
     component, found = one.source.component, one.found
-    matrices, stored = _matrices(one), stored_quantization(one)
-    is_8bit = bool(found.quantized.intersection(matrices))
+    stored = stored_quantization(one)
     target = WORDS[options.quantize] if wanted else None if options.quantize == "none" else stored
-    if wanted and is_8bit and stored != target:
+    if wanted and found.quantized.intersection(_matrices(one)) and stored != target:
         how, where = stored or "8-bit in another way", one.source.location
         raise UserError(
             f"--quantize {options.quantize}: the {component} of {where} is {how} already, and rounding it again "
             "loses more; give the 16- or 32-bit weights, or --quantize keep or none"
         )
-    if target is None and found.quantized:
-        notes.append(_multiplied_out(one, is_8bit and options.quantize != "none"))
-    elif target is not None and stored == target:
-        notes.append(f"{component}: {len(matrices)} matrices are {target} and stay so, bit for bit")
-        notes += _rounded_scales(one, matrices)
-    elif target is not None:
-        notes.append(f"{component}: {len(matrices)} matrices become {target} with a float32 scale a row")
     return target
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -87,6 +88,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     header, _ = _read_header(MappedFile(path))
     return header.get(_METADATA, {})
+
+
+def without_advice(text: str) -> str:
+    """What is wrong with a file, without what to do about one that was downloaded.
+
+    >>> without_advice("it is truncated. Download or convert it again.")
+    'it is truncated'
+    """
+    return re.sub(r"\.?( (Download|Convert)[^.]*? again\.?| Is it [^.]*\?)?\Z", "", text)
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:

@@ -19,8 +19,11 @@ def select(
         lent: components that another checkpoint gives, not to be looked for here.
 
     Raises:
-        UserError: the variant is not there, several are and none was asked for, or two files hold the same network.
+        UserError: the path is a file of this project's own; the variant is not there, several are and none was asked
+            for, or two files hold the same network.
     """
+    if layout.kind in ("part", "calibration"):
+        raise UserError(f"{layout.path} is {layout.left_out[0][1]}")
     wanted = [c for c in components or COMPONENTS if c not in lent]
     chosen: dict[str, Source] = {}
     for component in wanted:

@@ -54,9 +54,11 @@ def choose_smoothing(
     calibration = read_calibration(options.smooth)
     calibration.check(one.config)
     alpha = ALPHA if options.smooth_alpha is None else check_alpha(options.smooth_alpha)
-    count = calibration.about.get("prompts", "?")
-    prompts = f"{count} {'prompt' if count == '1' else 'prompts'}"
-    notes.append(f"transformer: smoothed with alpha {alpha:g} by {calibration.path}, which was recorded on {prompts}")
+    note = f"transformer: smoothed with alpha {alpha:g} by {calibration.path}"
+    count = calibration.about.get("prompts")
+    if count is not None:
+        note += f", which was recorded on {count} {'prompt' if count == '1' else 'prompts'}"
+    notes.append(note)
     recorded, own = calibration.about.get("variant"), one.source.variant
     if own is not None and recorded not in (None, own):
         notes.append(
