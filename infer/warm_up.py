@@ -1,7 +1,6 @@
 """`python -m infer --warmup`: compiles what the videos need and makes none. And the file of compiled programs."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import sys
@@ -84,7 +83,7 @@ def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
     for name in checkpoint.components:
         if name != "tokenizer":
             sizes = dataclasses.asdict(checkpoint.config(name)) | {"quantization": checkpoint.quantization(name)}
-            known |= {f"{name}.{field}": json.loads(json.dumps(value)) for field, value in sizes.items()}
+            known |= {f"{name}.{field}": value for field, value in sizes.items()}
     frames, height, width = pipeline.output_size(request)
     own = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPILED}
     own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}

@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return table.main(options.out, write=options.write)
     if options.what == "section":
         return _section(options)
+    if options.autotune:
+        return _child([*_python(), "benchmarks.gpu.autotune", *_passed(options)], None)
     if not options.tiny and not _is_gpu_here():
         print("error: jax finds no GPU here; --tiny tries the programs on what there is", file=sys.stderr)
         return 2
-    if options.autotune:
-        return _child([*_python(), "benchmarks.gpu.autotune", *_passed(options)], None)
     return _all(options)
 
 

@@ -131,13 +131,14 @@ class NativeCheckpoint:
 
     def quantization(self, component: str) -> str | None:
         """The 8-bit type of the matrices of a component's blocks, "int8" or "float8_e4m3fn"; None for floats."""
-        entry = (self._entry(component)[0].model.get("quantization") or {}).get(component)
-        return entry["dtype"] if entry else None
+        return self._eight_bit_entry(component).get("dtype")
 
     def smoothing(self, component: str) -> float | None:
         """The alpha that an 8-bit component was smoothed with (see `checkpoint.smoothing`); None where it was not."""
-        entry = (self._entry(component)[0].model.get("quantization") or {}).get(component)
-        return entry.get("smoothing") if entry else None
+        return self._eight_bit_entry(component).get("smoothing")
+
+    def _eight_bit_entry(self, component: str) -> dict[str, Any]:
+        return (self._entry(component)[0].model.get("quantization") or {}).get(component, {})
 
     def files(self, component: str) -> list[pathlib.Path]:
         """The files of a component, in this folder or the one that it refers to."""

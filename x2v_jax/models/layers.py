@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from x2v_jax.models.host_blocks import lie_on_host, scan_from_host
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
-from x2v_jax.ops.fused_norms import layernorm_modulate_quantize
+from x2v_jax.ops.fused_norms import layernorm_modulate, layernorm_modulate_quantize, normalize, rms_normalize
 from x2v_jax.ops.linear_8bit import QuantizedRows, linear_8bit, quantize_rows
 
 # What the matmuls of the blocks store their weights as; None: floats.
@@ -50,7 +50,7 @@ class Linear(nnx.Module):
 
     def modulate(self, x: Float[Array, "*b i"], shift: Array, scale: Array, eps: float) -> Float[Array, "*b i"]:
         """The input of this layer and those beside it: x normalised, times 1 + scale, plus shift."""
-        return normalize(x, eps) * (1 + scale) + shift
+        return layernorm_modulate(x, shift, scale, eps)
 
     def normalize(self, x: Float[Array, "*b i"], norm: "LayerNorm") -> Float[Array, "*b i"]:
         """The input of this layer where a norm with parameters precedes it."""
@@ -114,7 +114,7 @@ class QuantizedLinear(nnx.Module):
         """As `Linear.modulate` and `prepare`: normalised, modulated and rounded to 8 bits in one go."""
         if self.takes_rows:
             return layernorm_modulate_quantize(x, shift, scale, eps, self.weight.dtype, implementation=self.ops.linear)
-        return normalize(x, eps) * (1 + scale) + shift
+        return layernorm_modulate(x, shift, scale, eps)
 
     def normalize(self, x: Float[Array, "*b i"], norm: "LayerNorm") -> Float[Array, "*b i"] | QuantizedRows:
         """norm(x), rounded to 8 bits in the same go."""
@@ -195,19 +195,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        x = x.astype(jnp.float32)
-        return (
-            x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...].astype(jnp.float32)
-        )
-
-
-def normalize(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
-    """Layer normalisation without parameters, in float32."""
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    centred = x - mean
-    # The two-pass variance: E[x^2] - E[x]^2 cancels badly on the residual stream, whose mean can be large.
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+        return rms_normalize(x, self.scale[...], self.eps)
 
 
 def stacked(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from x2v_jax.ops.fused_norms import rotate
+
 _THETA = 10_000.0
 
 
@@ -76,6 +78,4 @@ def _frame_angles(frames: Array, dim: int) -> Array:
 
 def apply_rope(x: Float[Array, "b l h d"], tables: RopeTables) -> Float[Array, "b l h d"]:
     """Turns adjacent channel pairs (2i, 2i+1) of each head, in float32."""
-    x = x.astype(jnp.float32)
-    swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
-    return x * tables.cos[:, None] + swapped * tables.sin[:, None]
+    return rotate(x.astype(jnp.float32), tables.cos, tables.sin)

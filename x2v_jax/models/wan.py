@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.host_blocks import lie_on_host, map_from_host
-from x2v_jax.models.layers import LayerNorm, Linear, Quantization, Remat, normalize, scan_blocks, stacked
+from x2v_jax.models.layers import LayerNorm, Linear, Quantization, Remat, scan_blocks, stacked
 from x2v_jax.models.observe import in_layer, is_listening
 from x2v_jax.models.rope import rope_tables, rope_tables_at
 from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
 from x2v_jax.ops.attention import Span
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
+from x2v_jax.ops.fused_norms import layernorm_modulate
 
 # torch's nn.LayerNorm default; the rest of the model uses 1e-6.
 _IMAGE_EMBEDDING_EPS = 1e-5
@@ -68,7 +69,7 @@ class _Head(nnx.Module):
 
     def __call__(self, x: Tokens, time: Float[Array, "b *f _"]) -> Tokens:
         shift, scale = modulation_parts(self.modulation, time[..., None, :], x.shape[1])
-        return self.linear(normalize(x, self.eps) * (1 + scale) + shift)
+        return self.linear(layernorm_modulate(x, shift, scale, self.eps))
 
 
 class WanModel(nnx.Module):

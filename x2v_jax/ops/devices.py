@@ -21,6 +21,11 @@ def compute_capability(device: Any) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def named(device: Any) -> str:
+    """For messages: its kind and compute capability."""
+    return f"{device.device_kind} has {'.'.join(map(str, compute_capability(device)))}"
+
+
 def is_hopper(device: Any) -> bool:
     """Whether it has the instructions of sm_90a, which later generations dropped."""
     return compute_capability(device)[0] == 9

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,12 @@ def works(path: FastPath, error: Callable[[], float], allowed: float) -> bool:
             if not verdict.works:
                 _warn(path, measured, allowed)
     return verdict.works
+
+
+def relative_error(x: jax.Array, y: jax.Array) -> jax.Array:
+    """|x - y| / |y| over all elements, in float32."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.linalg.norm(x - y) / jnp.linalg.norm(y)
 
 
 def forget() -> None:

@@ -18,8 +18,8 @@ from x2v_jax.ops.attention.hopper_config import (
     config_for,
 )
 from x2v_jax.ops.attention.reference import attention_reference
-from x2v_jax.ops.devices import compute_capability, cuda_device, is_hopper
-from x2v_jax.ops.self_check import FastPath, works
+from x2v_jax.ops.devices import cuda_device, is_hopper, named
+from x2v_jax.ops.self_check import FastPath, relative_error, works
 
 # Of the kernel to the same computation in jnp. Right kernels are within 0.003: the rounding of bfloat16 outputs.
 ALLOWED_ERROR = 0.01
@@ -61,8 +61,7 @@ def on_hopper() -> bool:
 
 def _refusal(precision: Precision, device: Any) -> str:
     # The simulation would be right, but slower than cuDNN and less exact: nobody wants that without asking for it.
-    have = f"needs a Hopper GPU (compute capability 9.0); {device.device_kind} has "
-    have += ".".join(map(str, compute_capability(device)))
+    have = f"needs a Hopper GPU (compute capability 9.0); {named(device)}"
     if precision == "full":
         return f"attention='hopper' {have}: set attention to 'auto'"
     return f"attention_precision={precision!r} {have}: set it to 'full', or attention to 'reference' to simulate it"
@@ -80,21 +79,16 @@ def _comparison(precision: Precision, config: HopperConfig) -> Callable[[], floa
         scale, length = HEAD_DIM**-0.5, jnp.int32(900)
 
         def both(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
-            ours = attention_hopper(
+            ours, log_sum_exp = attention_hopper(
                 q, k, v, scale=scale, precision=precision, key_length=length, with_log_sum_exp=True, config=config
             )
             reference = attention_reference(
                 q, k, v, scale=scale, precision=precision, key_length=length, with_log_sum_exp=True
             )
-            return [_relative(x, y) for x, y in zip(ours, reference, strict=True)]
+            if log_sum_exp is None:
+                raise ValueError("no log-sum-exp came")
+            return [relative_error(x, y) for x, y in zip((ours, log_sum_exp), reference, strict=True)]
 
         return max(float(x) for x in jax.jit(both)(q, k, v))
 
     return error
-
-
-def _relative(x: jax.Array | None, y: jax.Array) -> jax.Array:
-    if x is None:
-        raise ValueError("no log-sum-exp came")
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.linalg.norm(x - y) / jnp.linalg.norm(y)

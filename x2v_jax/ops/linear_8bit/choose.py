@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import LinearImplementation
-from x2v_jax.ops.devices import compute_capability, cuda_device, is_hopper
+from x2v_jax.ops.devices import compute_capability, cuda_device, is_hopper, named
 from x2v_jax.ops.linear_8bit.quantize import name_of
-from x2v_jax.ops.self_check import FastPath, works
+from x2v_jax.ops.self_check import FastPath, relative_error, works
 
 Implementation = LinearImplementation
 
@@ -39,7 +38,7 @@ def wants_hopper(implementation: Implementation) -> bool:
         return implementation in ("auto", "hopper")
     if implementation == "auto":
         return False
-    raise UserError(f"linear='hopper' needs a Hopper GPU (compute capability 9.0); {_named(device)}: set it to 'auto'")
+    raise UserError(f"linear='hopper' needs a Hopper GPU (compute capability 9.0); {named(device)}: set it to 'auto'")
 
 
 def xla_product(implementation: Implementation, dtype: DTypeLike) -> bool:
@@ -54,7 +53,7 @@ def xla_product(implementation: Implementation, dtype: DTypeLike) -> bool:
     if device is None or compute_capability(device) >= _FIRST_WITH[name]:
         return True
     needs = ".".join(map(str, _FIRST_WITH[name]))
-    lack = f"8-bit weights in {name} need compute capability {needs} to be multiplied in 8 bits; {_named(device)}"
+    lack = f"8-bit weights in {name} need compute capability {needs} to be multiplied in 8 bits; {named(device)}"
     if implementation == "xla":
         raise UserError(f"linear='xla': {lack}: set linear to 'auto', or linear_activations to '16bit'")
     if name not in _warned:
@@ -81,15 +80,6 @@ def proved(
 
     def error() -> float:
         pairs = zip(jax.tree.leaves(jax.jit(ours)()), jax.tree.leaves(jax.jit(reference)()), strict=True)
-        return max(float(_relative(x, y)) for x, y in pairs)
+        return max(float(relative_error(x, y)) for x, y in pairs)
 
     return works(FastPath(op, "hopper", precision, instead, "linear to 'xla'"), error, allowed)
-
-
-def _relative(x: jax.Array, y: jax.Array) -> jax.Array:
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.linalg.norm(x - y) / jnp.linalg.norm(y)
-
-
-def _named(device: Any) -> str:
-    return f"{device.device_kind} has {'.'.join(map(str, compute_capability(device)))}"
