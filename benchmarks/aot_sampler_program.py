@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from x2v_jax.denoising import Conditions, Denoiser
 from x2v_jax.diffusion.schedules import step_sigmas
+from x2v_jax.generate.denoise import Conditions, Denoiser
+from x2v_jax.generate.programs import Program
 from x2v_jax.models.config import ClipConfig, VaeConfig, WanConfig
 from x2v_jax.models.functional import abstract
 from x2v_jax.models.wan import WanModel
-from x2v_jax.programs import Program
 
 CONFIGS: dict[str, Callable[[], WanConfig]] = {
     "T2V-1.3B": WanConfig.t2v_1_3b,

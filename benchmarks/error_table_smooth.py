@@ -15,8 +15,8 @@ from x2v_jax.checkpoint.options import Options
 from x2v_jax.checkpoint.smoothing import ALPHA, smoothing_factors
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.models.functional import Params
-from x2v_jax.request import Request, resolve
-from x2v_jax.run_options import RunOptions
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request, resolve
 
 PROMPTS = 16
 _WORDS = {"int8": "int8", "float8_e4m3fn": "fp8"}

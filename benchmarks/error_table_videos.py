@@ -105,7 +105,7 @@ def video_rows(
     from benchmarks.shapes_examine import examine
     from benchmarks.shapes_judge import label_names
     from train.data.shapes import heldout_prompts
-    from x2v_jax.request import Request, resolve
+    from x2v_jax.request.request import Request, resolve
 
     prompts = heldout_prompts(count, seed)
     wanted, texts = label_names(prompts), [prompt.text for prompt in prompts]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from train.data import shapes
-from x2v_jax.pixels import to_uint8
+from x2v_jax.media.pixels import to_uint8
 
 _BATCH = 32
 # A prompt names one of 48 combinations and perhaps a narrow range of sizes: so many draws hold dozens of each.

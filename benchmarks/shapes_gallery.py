@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from x2v_jax import Pipeline
-from x2v_jax.video import write_gif
+from x2v_jax.media.video import write_gif
 
 _COLOURS = ("red", "green", "blue", "yellow")
 _MOTIONS = (("circle", "left"), ("square", "up"), ("triangle", "right"))

@@ -16,8 +16,8 @@ from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
+from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.functional import merge
-from x2v_jax.pixels import to_uint8
 
 _SAMPLES = 4
 

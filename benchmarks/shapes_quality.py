@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.circumstances import circumstances
 from x2v_jax.errors import UserError
-from x2v_jax.request import Request, resolve
+from x2v_jax.request.request import Request, resolve
 
 if TYPE_CHECKING:
     from benchmarks.shapes_examine import Examined
@@ -60,7 +60,7 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     from benchmarks.shapes_report import plain, table
     from benchmarks.shapes_sampling import ShapesModel
     from train.data.shapes import heldout_prompts
-    from x2v_jax.pixels import to_uint8
+    from x2v_jax.media.pixels import to_uint8
 
     prompts = heldout_prompts(args.prompts, args.seed)
     wanted = label_names(prompts)
@@ -232,7 +232,7 @@ def _seconds(made: "Examined") -> dict[str, float | None]:
 
 
 def _write(out: pathlib.Path, report: dict[str, Any], sheet: bytes | None) -> None:
-    from x2v_jax.video import write_files
+    from x2v_jax.media.video import write_files
 
     contents = {out: (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode()}
     if sheet is not None:

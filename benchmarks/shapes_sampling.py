@@ -19,15 +19,15 @@ from train.rollouts import BlockByBlock, velocity_of
 from x2v_jax.diffusion import step_distill, unipc
 from x2v_jax.diffusion.flow import guided_velocity
 from x2v_jax.diffusion.noise import initial_noise, step_noise
+from x2v_jax.generate.tokenizer import Tokenizer
+from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, abstract, merge
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.pixels import to_uint8
-from x2v_jax.request import Request, as_config, latent_shape
-from x2v_jax.tokenizer import Tokenizer
+from x2v_jax.request.request import Request, as_config, latent_shape
 
 _KINDS = {
     "transformer": (WanModel, WanConfig),

@@ -9,7 +9,7 @@ time: text encoder, for image-to-video CLIP and the VAE's encoder, the four step
 not. Attention is the reference's, because cuDNN cannot be compiled without a GPU, and needs more than cuDNN's. Printed,
 written to --output and to the table in docs/small_gpus.md: bytes of arguments on the device and on the host,
 temporaries, and what of the device is taken while a program runs, with the weights that stay there meanwhile; beside it
-what `x2v_jax.memory` predicts.
+what `x2v_jax.memory.predict` predicts.
 """
 
 import argparse
@@ -94,11 +94,11 @@ class Sizes:
 
 def measure(case: Case) -> dict[str, Any]:
     """One row of the table. All sizes are bytes."""
-    from x2v_jax import memory
+    from x2v_jax.memory import predict
 
     sizes = Sizes(_configs(case.model))
     options: dict[str, Any] = {"offload": case.offload, "vae_decode": case.vae_decode, "vae_dtype": case.vae_dtype}
-    plan = memory.plan(sizes, sizes.configs, LATENTS, guided=False, **options)
+    plan = predict.plan(sizes, sizes.configs, LATENTS, guided=False, **options)
     device = host = temporaries = outputs = 0
     for program in _programs(case, sizes):
         stats = compile_program(program)
@@ -145,13 +145,13 @@ def _programs(case: Case, sizes: Sizes) -> list[Any]:
     import jax
     import jax.numpy as jnp
 
-    from x2v_jax.denoising import Conditions, Denoiser
     from x2v_jax.diffusion.step_distill import step_sigmas
-    from x2v_jax.image_conditioner import ImageConditioner
-    from x2v_jax.networks import Network
+    from x2v_jax.generate.denoise import Conditions, Denoiser
+    from x2v_jax.generate.image import ImageConditioner
+    from x2v_jax.generate.network import Network
+    from x2v_jax.generate.programs import Program
+    from x2v_jax.generate.vae import VaeRunner
     from x2v_jax.ops.choice import OpChoice
-    from x2v_jax.programs import Program
-    from x2v_jax.vae_runner import VaeRunner
 
     def network(name: str) -> Network:
         return Network(

@@ -15,9 +15,9 @@ from x2v_jax.checkpoint.calibration import Calibration, check_destination, write
 from x2v_jax.checkpoint.names_smoothing import GROUPS
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
-from x2v_jax.request import Request, resolve
-from x2v_jax.run_options import RunOptions
+from x2v_jax.media.image import load_image
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request, resolve
 
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
@@ -82,7 +82,7 @@ def record(
     Raises:
         UserError: a video cannot be made.
     """
-    from x2v_jax.models.observe import listening
+    from x2v_jax.models.activation_stats import listening
     from x2v_jax.pipeline import Pipeline
 
     pipeline = Pipeline(checkpoint, **dataclasses.asdict(options))

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax import memory
 from x2v_jax.checkpoint.names import native_shapes
 from x2v_jax.checkpoint.names_smoothing import ASIDE, smoothing_shapes
+from x2v_jax.memory import predict
 from x2v_jax.models.config import Schedule, VaeConfig
 
 COUNTED = (
@@ -55,5 +55,5 @@ def phases(
     )
     guided = not schedule.is_distilled and schedule.guidance_scale != 1
     sizes, all_configs = _Sizes(configs, smoothed), {"vae": vae, **configs}
-    plan = memory.plan(sizes, all_configs, latents, guided=guided, quantized=tuple(quantized))
+    plan = predict.plan(sizes, all_configs, latents, guided=guided, quantized=tuple(quantized))
     return plan.phases

@@ -7,8 +7,8 @@ import numpy as np
 
 import x2v_jax
 from infer.settings import Job, Settings, checkpoint_digest
-from x2v_jax.request import Request
-from x2v_jax.video import write_video
+from x2v_jax.media.video import write_video
+from x2v_jax.request.request import Request
 
 # Keys that do not belong to the video but to the run or the machine.
 _LEFT_OUT = (

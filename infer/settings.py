@@ -10,13 +10,14 @@ from typing import Any
 
 from configs import flags
 from configs.inference import KEYS, LENGTHS, inference_config
-from x2v_jax import interchange, run_options
-from x2v_jax.block_inputs import read_inputs
 from x2v_jax.checkpoint.lora import parse_lora_argument
 from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
-from x2v_jax.request import Request, latent_shape, resolve
+from x2v_jax.generate.block_inputs import read_inputs
+from x2v_jax.media import tensor_files
+from x2v_jax.media.image import load_image
+from x2v_jax.request import options as run_options
+from x2v_jax.request.request import Request, latent_shape, resolve
 
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
@@ -103,7 +104,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    from x2v_jax.video import read_metadata
+    from x2v_jax.media.video import read_metadata
 
     recorded = read_metadata(path)
     values = recorded.get("config")
@@ -216,14 +217,14 @@ def _check_inputs(request: Request, checkpoint: NativeCheckpoint, allow_mismatch
     """Opens the files that a request names, before weights are loaded."""
     if request.text_embeddings is not None:
         transformer = checkpoint.config("transformer")
-        interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
+        tensor_files.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
     if checkpoint.schedule.causal is not None:
         read_inputs(request, checkpoint, allow_mismatch=allow_mismatch)
     elif checkpoint.task == "i2v":
         load_image(request.image)  # its shape decides the noise's, which the pipeline checks
     elif request.initial_noise is not None:
         steps = None if request.denoising_step_list is None else len(request.denoising_step_list)
-        interchange.read_noise(request.initial_noise, latent_shape(request, checkpoint), steps)
+        tensor_files.read_noise(request.initial_noise, latent_shape(request, checkpoint), steps)
 
 
 def _prompt_schedule(value: Any) -> Any:

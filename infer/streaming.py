@@ -9,10 +9,10 @@ from infer import outputs
 from infer.interrupts import Interrupts
 from infer.live import LiveLine
 from infer.settings import Job, Settings
-from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
-from x2v_jax.request_rollout import new_latent_frames
-from x2v_jax.video_stream import VideoStream
+from x2v_jax.generate.clock import Clock
+from x2v_jax.media.growing_mp4 import VideoStream
+from x2v_jax.request.causal import new_latent_frames
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline

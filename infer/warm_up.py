@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infer import start
 from infer.interrupts import Interrupts
 from infer.settings import Settings, options
-from x2v_jax.request import Request
+from x2v_jax.request.request import Request
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
@@ -32,7 +32,7 @@ def run(work: Settings, interrupts: Interrupts) -> None:
     pipeline = start.pipeline(work)
     import jax
 
-    from x2v_jax import compiled_programs
+    from x2v_jax.generate import compiled_programs
 
     usual, file = jax.config.jax_compilation_cache_dir, work.config.compiled_programs
     if file:
@@ -59,7 +59,7 @@ def take_programs(pipeline: "Pipeline", work: Settings) -> None:
         return
     import jax
 
-    from x2v_jax import compiled_programs
+    from x2v_jax.generate import compiled_programs
 
     usual = jax.config.jax_compilation_cache_dir
     folder = pathlib.Path(usual) if usual else compiled_programs.fresh_cache()

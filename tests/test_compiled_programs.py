@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny_models
 
-from x2v_jax import compiled_programs
 from x2v_jax.errors import UserError
-from x2v_jax.video import read_frames
+from x2v_jax.generate import compiled_programs
+from x2v_jax.media.video import read_frames
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Runs the command line and prints how many programs were asked of the compiler, and how many were found.

@@ -10,11 +10,11 @@ import pytest
 import tiny_models
 from flax import nnx
 
-from x2v_jax.denoising import Conditions, Denoiser, NotFinite
 from x2v_jax.diffusion import unipc
+from x2v_jax.generate.denoise import Conditions, Denoiser, NotFinite
+from x2v_jax.generate.programs import compile_all
 from x2v_jax.models import functional
 from x2v_jax.models.wan import WanModel
-from x2v_jax.programs import compile_all
 
 SHAPE = (1, 2, 4, 6, 16)
 CONDITIONS = Conditions(jnp.zeros((1, tiny_models.T2V.text_len, tiny_models.T2V.text_dim)), np.float32(1))

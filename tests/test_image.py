@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from x2v_jax import image as image_module
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
+from x2v_jax.media import image as image_module
+from x2v_jax.media.image import load_image
 
 # Pillow warns of damaged and large files; what counts here is the picture or the sentence.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -24,8 +24,8 @@ from infer.settings import _slug
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.checkpoint.schedules import SCHEDULES
 from x2v_jax.errors import UserError
-from x2v_jax.request import Request
-from x2v_jax.video import read_frames, read_metadata, write_video
+from x2v_jax.media.video import read_frames, read_metadata, write_video
+from x2v_jax.request.request import Request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(

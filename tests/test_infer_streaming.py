@@ -19,9 +19,9 @@ from infer.__main__ import main
 from infer.interrupts import Interrupts
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.errors import UserError
+from x2v_jax.media.growing_mp4 import VideoStream
+from x2v_jax.media.video import read_frames, read_metadata, write_png, write_video
 from x2v_jax.models.config import CausalSchedule, Schedule
-from x2v_jax.video import read_frames, read_metadata, write_png, write_video
-from x2v_jax.video_stream import VideoStream
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Blocks of 2 latent frames: 5 frames and then 8, of 32x48.
@@ -379,7 +379,7 @@ def test_a_full_disk_mid_stream_is_one_sentence_and_the_video_is_kept(
 
     def fill(index: int) -> None:
         if index == 2:
-            patches.setattr("x2v_jax.video_stream.os.pwrite", full)
+            patches.setattr("x2v_jax.media.growing_mp4.os.pwrite", full)
 
     fake.before = staticmethod(fill)
     with monkeypatch.context() as patches:

@@ -138,7 +138,7 @@ def test_the_table_itself_runs_one_way():
         ("x2v_jax.checkpoint.files.arrays", "from x2v_jax.request import Request"),
         ("x2v_jax.checkpoint.native.reader", "from x2v_jax.checkpoint.published import layouts"),
         ("x2v_jax.media.video", "import x2v_jax.generate.clock"),
-        ("x2v_jax.request.checks", "from ..memory import predict"),
+        ("x2v_jax.request.request.checks", "from ..memory import predict"),
         ("train.logs", "from benchmarks.tiny_world import quality"),
         ("infer.cli", "import train.loop"),
         ("configs.shapes.t2v", "from infer import settings"),

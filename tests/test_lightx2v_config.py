@@ -14,7 +14,7 @@ from configs.lightx2v import read_json, strip_comments, translate
 from x2v_jax.checkpoint.schedules import SCHEDULES
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import VaeConfig, WanConfig
-from x2v_jax.request import Request, resolve
+from x2v_jax.request.request import Request, resolve
 
 # configs/distill/wan_t2v_distill_4step_cfg.json
 DISTILL = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny_models import I2V, T2V, random_parameters
 
+from train.lora import LoraConfig, LoraTree, apply_lora, init_lora
 from x2v_jax.checkpoint.lora import LoraFile, merge_into_native
 from x2v_jax.checkpoint.lora_writer import DIALECTS, write_lora
 from x2v_jax.checkpoint.names import table
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.errors import UserError
-from x2v_jax.lora_layers import LoraConfig, LoraTree, apply_lora, init_lora
 from x2v_jax.models.functional import flatten, unflatten
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)

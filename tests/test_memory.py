@@ -10,21 +10,22 @@ import pytest
 import tiny_models
 from flax import nnx
 
-from x2v_jax import Pipeline, memory, vae_memory
+from x2v_jax import Pipeline
 from x2v_jax.diffusion.rollout import Rollout
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
+from x2v_jax.memory import predict, vae
 from x2v_jax.models import functional
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request import Request
+from x2v_jax.request.request import Request
 
 
 def test_the_predicted_weights_are_those_that_are_loaded(tmp_path: pathlib.Path):
     path = tiny_models.write_checkpoint(tmp_path / "i2v", image=True)
     picture = np.zeros((32, 48, 3), np.uint8)
-    for dtype in memory.DTYPES:
+    for dtype in predict.DTYPES:
         pipeline = Pipeline.from_checkpoint(path, dtype=dtype)
         plan = pipeline.plan(pipeline.resolve(Request("a red circle", image=picture)))
         assert set(plan.phases) == {"text", "image", "denoise", "vae"} and plan.peak == max(plan.phases.values())
@@ -41,24 +42,24 @@ def test_predicted_activations_are_near_what_the_compiler_reports():
     program = jax.jit(lambda p, x, t, text: functional.merge(graphdef, p)(x, t, text)).lower(params, *shapes).compile()
     analysis = program.memory_analysis()
     assert analysis is not None
-    predicted = memory.denoise_bytes(config, (5, 32, 32), 1, 4, on_cpu=True)
+    predicted = predict.denoise_bytes(config, (5, 32, 32), 1, 4, on_cpu=True)
     assert 1 / 3 < predicted / analysis.temp_size_in_bytes < 3
 
 
 def test_full_size_plans_are_plausible():
     """14B at 480p: 80 GB must suffice beside weights of 28.6 GB; decoding the whole video at once would not."""
     latents = (21, 60, 104)
-    assert 3e9 < memory.denoise_bytes(WanConfig.t2v_14b(), latents, 1, 2) < 15e9
-    assert vae_memory.decode_method(VaeConfig(), latents, 60 << 30) == "stream"
-    assert vae_memory.decode_method(VaeConfig(), latents, 8 << 30) == "tiled"
-    assert vae_memory.decode_method(VaeConfig(), (1, 8, 8), None) == "whole"
-    whole, stream, tiled = (vae_memory.decode_bytes(VaeConfig(), latents, m) for m in ("whole", "stream", "tiled"))
+    assert 3e9 < predict.denoise_bytes(WanConfig.t2v_14b(), latents, 1, 2) < 15e9
+    assert vae.decode_method(VaeConfig(), latents, 60 << 30) == "stream"
+    assert vae.decode_method(VaeConfig(), latents, 8 << 30) == "tiled"
+    assert vae.decode_method(VaeConfig(), (1, 8, 8), None) == "whole"
+    whole, stream, tiled = (vae.decode_bytes(VaeConfig(), latents, m) for m in ("whole", "stream", "tiled"))
     assert whole > 40e9 > 20e9 > stream > 4 * tiled
 
 
 def test_eight_bit_weights_are_refused_by_name():
     with pytest.raises(UserError, match="stored as int8"):
-        memory.device_dtype("transformer", "blocks.ffn.linear_1.kernel", np.int8, "bfloat16")
+        predict.device_dtype("transformer", "blocks.ffn.linear_1.kernel", np.int8, "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "int8", "int8_e4m3"])
@@ -69,11 +70,11 @@ def test_the_cache_of_a_block_by_block_video_is_counted_once(kind: str, sink: in
     rollout = Rollout(None, config, plan, (4, 6), cache_dtype=kind)  # type: ignore[arg-type]
     shapes = jax.eval_shape(rollout.empty_cache)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    blocks = memory.BlockSizes(block=3, window=9, kv_cache=kind, originals=sink)
-    counted = memory.kv_cache_bytes(dataclasses.replace(config, text_len=0), (9, 4, 6), blocks)
+    blocks = predict.BlockSizes(block=3, window=9, kv_cache=kind, originals=sink)
+    counted = predict.kv_cache_bytes(dataclasses.replace(config, text_len=0), (9, 4, 6), blocks)
     assert counted == held
     # 1.3B at 480p: 21 frames of 1560 tokens, 30 layers, 1536 wide.
-    full = memory.kv_cache_bytes(WanConfig.t2v_1_3b(), (21, 60, 104), dataclasses.replace(blocks, window=21))
+    full = predict.kv_cache_bytes(WanConfig.t2v_1_3b(), (21, 60, 104), dataclasses.replace(blocks, window=21))
     assert full > 2 * 30 * 21 * 1560 * 1536 * {"bfloat16": 2, "float32": 4}.get(kind, 1)
 
 
@@ -95,6 +96,4 @@ def test_what_the_decoder_keeps_is_counted_to_the_byte():
         latents = jax.ShapeDtypeStruct((1, 1, 4, 6, config.z_dim), jnp.float32)
         decode = lambda p, z, g=graphdef: functional.merge(g, p).decode_chunk(z)  # noqa: E731
         _, cache = jax.eval_shape(decode, params, latents)
-        assert sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)) == vae_memory.decoder_cache_bytes(
-            config, (1, 4, 6)
-        )
+        assert sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)) == vae.decoder_cache_bytes(config, (1, 4, 6))

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny_models
 
-from x2v_jax import Pipeline, memory
+from x2v_jax import Pipeline
 from x2v_jax.errors import UserError
-from x2v_jax.memory_settings import Needs
+from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.memory import predict
+from x2v_jax.memory.need import Needs
 from x2v_jax.models.config import VaeConfig, WanConfig
-from x2v_jax.request import Request, resolve
-from x2v_jax.run_options import RunOptions
-from x2v_jax.vae_runner import VaeRunner
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request, resolve
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_other_errors_of_the_device_are_left_alone(distilled: Pipeline, monkeypa
 
 
 def test_a_full_device_is_explained_in_a_stream(causal: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("x2v_jax.vae_runner.StreamDecoder.__call__", exhausted)
+    monkeypatch.setattr("x2v_jax.generate.vae.StreamDecoder.__call__", exhausted)
     with pytest.raises(UserError, match=r"memory does not suffice.*set kv_cache to 'int8'"):
         list(causal.stream("a red circle", num_frames=9))
 
@@ -117,16 +118,16 @@ def test_a_limit_is_kept_and_a_prediction_is_only_a_warning(
     request = distilled.resolve(Request("a red circle", seed=1))
     limited = Pipeline(distilled.checkpoint, memory_limit=1e-3)
     loaded = [part.load for part in limited._parts.networks.values()]
-    monkeypatch.setattr("x2v_jax.networks.Network.load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("x2v_jax.generate.network.Network.load", lambda self: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"memory_limit is 0.001 GB, and this video needs more: .* GB predicted"):
         limited.generate(request)
     assert loaded and not any(part.is_loaded for part in limited._parts.networks.values())
     peak = distilled.plan(request).peak
-    monkeypatch.setattr(memory, "device_bytes", lambda: peak)
-    monkeypatch.setattr(memory, "device_bytes_free", lambda: peak // 2)
+    monkeypatch.setattr(predict, "device_bytes", lambda: peak)
+    monkeypatch.setattr(predict, "device_bytes_free", lambda: peak // 2)
     with pytest.warns(UserWarning, match="may not be enough"):
         distilled.check_memory(request)
-    monkeypatch.setattr(memory, "device_bytes", lambda: 100)
+    monkeypatch.setattr(predict, "device_bytes", lambda: 100)
     with pytest.raises(UserError, match="the weights that are needed at one time take"):
         distilled.check_memory(request)
 
@@ -159,10 +160,10 @@ def test_auto_decodes_in_tiles_where_the_device_could_not_hold_more(base: Pipeli
 
 def test_copies_of_the_sinks_keys_are_counted():
     config, latents = tiny_models.T2V, (9, 4, 6)
-    one, two = (memory.BlockSizes(3, 9, "int8_e4m3", originals=n) for n in (0, 3))
-    more = memory.kv_cache_bytes(config, latents, two) - memory.kv_cache_bytes(config, latents, one)
+    one, two = (predict.BlockSizes(3, 9, "int8_e4m3", originals=n) for n in (0, 3))
+    more = predict.kv_cache_bytes(config, latents, two) - predict.kv_cache_bytes(config, latents, one)
     assert more == config.num_layers * config.dim * 3 * 6 * 2
     assert np.isclose(
-        memory.kv_cache_bytes(config, latents, one),
-        memory.kv_cache_bytes(config, latents, memory.BlockSizes(3, 9, "int8")),
+        predict.kv_cache_bytes(config, latents, one),
+        predict.kv_cache_bytes(config, latents, predict.BlockSizes(3, 9, "int8")),
     )

@@ -16,10 +16,10 @@ from x2v_jax import Pipeline
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
 from x2v_jax.diffusion import image_condition, noise
 from x2v_jax.errors import UserError
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.models import functional
-from x2v_jax.networks import Network
-from x2v_jax.request import Request
-from x2v_jax.tokenizer import Tokenizer
+from x2v_jax.request.request import Request
 
 PROMPT = "a red circle moves left"
 LATENTS = (2, 4, 6, 16)

@@ -11,7 +11,7 @@ from x2v_jax import Pipeline
 from x2v_jax.checkpoint.convert import convert
 from x2v_jax.checkpoint.options import Options
 from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.networks import Network, describe_networks
+from x2v_jax.generate.network import Network, describe_networks
 
 SHAPES = pathlib.Path(__file__).parent.parent / "assets/shapes_t2v_4step"
 # Peak signal to noise against the bfloat16 video, with transformer and text encoder in 8 bits; measured 51.4 and 39.0.

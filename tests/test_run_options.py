@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from x2v_jax.device_support import Device, first_device, supported
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import OpChoice
-from x2v_jax.run_options import RunOptions, problems
+from x2v_jax.ops.support import Device, first_device, supported
+from x2v_jax.request.options import RunOptions, problems
 
 CPU, HOPPER, ADA, AMPERE = (
     Device("cpu"),

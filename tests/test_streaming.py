@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import tiny_models
 
-from x2v_jax import Pipeline, interchange, streaming
-from x2v_jax.block_inputs import fit
+from x2v_jax import Pipeline
 from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.errors import UserError
+from x2v_jax.generate import blocks as streaming
+from x2v_jax.generate.block_inputs import fit
+from x2v_jax.generate.vae import StreamDecoder
+from x2v_jax.media import tensor_files
+from x2v_jax.media.video import write_video
 from x2v_jax.models.config import CausalSchedule
-from x2v_jax.request import Request
-from x2v_jax.vae_runner import StreamDecoder
-from x2v_jax.video import write_video
+from x2v_jax.request.request import Request
 
 PROMPT = "a red circle moves left"
 PICTURE = np.random.default_rng(5).integers(0, 255, (32, 48, 3), np.uint8)
@@ -196,7 +198,7 @@ def test_a_continuation_is_seamless(pipeline: Pipeline, tmp_path: pathlib.Path, 
     else:
         blocks = list(pipeline.stream_blocks(Request(PROMPT, seed=3)))
         first = np.concatenate([block.latents for block in blocks])
-        interchange.write_latents(file, first, blocks[-1].state)
+        tensor_files.write_latents(file, first, blocks[-1].state)
     second_file = tmp_path / "m.safetensors"
     second = pipeline.generate(Request(PROMPT, seed=3, num_frames=12, continue_from=file, save_latents=second_file))
     expected = by_hand(pipeline, first[-6:], 3, first_block=3)
@@ -223,7 +225,7 @@ def test_a_video_file_is_encoded_and_continued(pipeline: Pipeline, tmp_path: pat
     frames = np.random.default_rng(0).integers(0, 255, (35, 32, 48, 3), np.uint8)
     write_video(tmp_path / "v.mp4", frames, 16)
     made = pipeline.generate(Request(PROMPT, seed=3, num_frames=12, continue_from=tmp_path / "v.mp4"))
-    from x2v_jax.video import read_frames
+    from x2v_jax.media.video import read_frames
 
     last = read_frames(tmp_path / "v.mp4")[2:].astype(np.float32) / 127.5 - 1
     latents = np.asarray(pipeline._parts.vae.encode(last[None]))[0]
@@ -245,16 +247,16 @@ def test_files_of_another_model_or_size_are_refused(pipeline: Pipeline, tmp_path
     with pytest.raises(UserError, match="holds a video of 32x48 and this one would be 32x32; set height to 32"):
         pipeline.stream_blocks(dataclasses.replace(request, width=32))
     other = tmp_path / "other.safetensors"
-    interchange.write_latents(other, last.latents, dict(last.state) | {"model": "0" * 64})
+    tensor_files.write_latents(other, last.latents, dict(last.state) | {"model": "0" * 64})
     with pytest.raises(UserError, match=r"are another model's; use the checkpoint that made them, give the video"):
         pipeline.stream_blocks(dataclasses.replace(request, continue_from=other))
-    interchange.write_latents(other, last.latents)
+    tensor_files.write_latents(other, last.latents)
     with pytest.raises(UserError, match="was not written by save_latents of a block-by-block run"):
         pipeline.stream_blocks(dataclasses.replace(request, continue_from=other))
-    interchange.write_latents(other, np.full_like(last.latents, np.nan), last.state)
+    tensor_files.write_latents(other, np.full_like(last.latents, np.nan), last.state)
     with pytest.raises(UserError, match="holds NaN or infinity"):
         pipeline.stream_blocks(dataclasses.replace(request, continue_from=other))
-    interchange.write_latents(other, last.latents[:, :, :4], last.state)
+    tensor_files.write_latents(other, last.latents[:, :, :4], last.state)
     with pytest.raises(UserError, match=r"is \[16, 3, 4, 4\]; this model needs \[16, F, 4, 6\]"):
         pipeline.stream_blocks(dataclasses.replace(request, continue_from=other))
     other.write_bytes(b"nothing")

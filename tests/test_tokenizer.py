@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from x2v_jax.errors import UserError
-from x2v_jax.tokenizer import Tokenizer, clean
+from x2v_jax.generate.tokenizer import Tokenizer, clean
 
 _PIECES = ["▁a", "▁red", "▁circle", "▁moves", "▁left", "▁", "a", "e", "t"]
 

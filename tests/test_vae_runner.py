@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tiny_models
 
-from x2v_jax import vae_memory
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
-from x2v_jax.networks import Network
-from x2v_jax.pixels import to_uint8
-from x2v_jax.vae_runner import VaeRunner
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.media.pixels import to_uint8
+from x2v_jax.memory import vae as vae_memory
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_auto_stays_within_what_it_may_take(vae: Network, monkeypatch: pytest.Mo
     monkeypatch.setattr(vae_memory, "WHOLE_LIMIT", 0)
     assert VaeRunner(vae).decode_method((3, 64, 64)) == "stream"
     assert VaeRunner(vae, available=1000).decode_method((3, 64, 64)) == "tiled"
-    monkeypatch.setattr("x2v_jax.memory.device_bytes_free", lambda: 1000)
+    monkeypatch.setattr("x2v_jax.memory.predict.device_bytes_free", lambda: 1000)
     assert VaeRunner(vae, available=1 << 40).decode_method((3, 64, 64)) == "tiled"
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from x2v_jax.errors import UserError
-from x2v_jax.video import (
+from x2v_jax.media.video import (
     contact_sheet,
     encode_video,
     read_frames,

@@ -13,10 +13,10 @@ import av
 import numpy as np
 import pytest
 
-from x2v_jax import video_stream
 from x2v_jax.errors import UserError
-from x2v_jax.video import encode_video, read_frames, read_metadata
-from x2v_jax.video_stream import VideoStream
+from x2v_jax.media import growing_mp4
+from x2v_jax.media.growing_mp4 import VideoStream
+from x2v_jax.media.video import encode_video, read_frames, read_metadata
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADER_BOXES = ["ftyp", "moov"]
@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_and_what_exists_stays_playable(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, bytes(data[:fits]), position)
 
-    monkeypatch.setattr(video_stream.os, "pwrite", full)
+    monkeypatch.setattr(growing_mp4.os, "pwrite", full)
     with pytest.raises(UserError) as caught:
         stream.append(clip(12))
     assert "No space left" in str(caught.value) and "free some space" in str(caught.value)

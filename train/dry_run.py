@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train.loop import optimizer_of
+from train.lora import init_lora
 from train.state import init_state
-from x2v_jax.lora_layers import init_lora
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import abstract, parameter_count
 from x2v_jax.models.wan import WanModel

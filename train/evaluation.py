@@ -9,9 +9,9 @@ import numpy as np
 from train.data import shapes
 from train.data.sources import Conditions, encode
 from train.pictures import save_grid
+from x2v_jax.media.pixels import to_uint8
+from x2v_jax.media.video import write_video
 from x2v_jax.models.functional import Params
-from x2v_jax.pixels import to_uint8
-from x2v_jax.video import write_video
 
 if TYPE_CHECKING:
     from train.tasks.distillation import Distillation

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from x2v_jax.pixels import to_uint8
+from x2v_jax.media.pixels import to_uint8
 
 
 def save_grid(path: pathlib.Path, videos: np.ndarray, every: int = 4) -> None:

@@ -15,18 +15,20 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from x2v_jax import interchange, memory, memory_advice, memory_settings, whole_video
-from x2v_jax.block_inputs import BlockInputs, read_inputs
 from x2v_jax.checkpoint import store
-from x2v_jax.clock import Clock
-from x2v_jax.denoising import OnStep
 from x2v_jax.errors import UserError
-from x2v_jax.networks import Lora
-from x2v_jax.parts import Parts, prompts_of
-from x2v_jax.programs import Program, compile_all
-from x2v_jax.request import Request, resolve
-from x2v_jax.run_options import RunOptions
-from x2v_jax.streaming import Block, collect
+from x2v_jax.generate import whole
+from x2v_jax.generate.block_inputs import BlockInputs, read_inputs
+from x2v_jax.generate.blocks import Block, collect
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.components import Parts, prompts_of
+from x2v_jax.generate.denoise import OnStep
+from x2v_jax.generate.network import Lora
+from x2v_jax.generate.programs import Program, compile_all
+from x2v_jax.media import tensor_files
+from x2v_jax.memory import advice, need, predict
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request, resolve
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -46,7 +48,7 @@ class Result:
     latents: np.ndarray
     request: Request
     seconds: dict[str, float]
-    memory_plan: memory.MemoryPlan
+    memory_plan: predict.MemoryPlan
     peak_bytes: int
 
 
@@ -72,7 +74,7 @@ class Pipeline:
         Args:
             path: the checkpoint's folder.
             loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
-            options: fields of `run_options.RunOptions`: dtype, vae_dtype, vae_decode, keep_encoders,
+            options: fields of `request.options.RunOptions`: dtype, vae_dtype, vae_decode, keep_encoders,
                 sequential_guidance, offload, memory_limit, attention, attention_precision, linear, linear_activations
                 and allow_mismatch.
 
@@ -136,11 +138,11 @@ class Pipeline:
         """Frames (None: endless), height and width in pixels of the video that a resolved request gives."""
         return self._parts.output_size(request)
 
-    def plan(self, request: Request) -> memory.MemoryPlan:
+    def plan(self, request: Request) -> predict.MemoryPlan:
         """The memory that a resolved request will take, worked out before anything is loaded."""
         return self._memory(request).plan()
 
-    def check_memory(self, request: Request) -> memory.MemoryPlan:
+    def check_memory(self, request: Request) -> predict.MemoryPlan:
         """The memory that a resolved request will take, compared with what there is. Warns where it may be too little.
 
         Raises:
@@ -148,7 +150,7 @@ class Pipeline:
         """
         needs = self._memory(request)
         plan, limit = needs.plan(), self.options.memory_limit_bytes
-        memory_advice.check(plan, memory.device_bytes_free(), memory.device_bytes(), limit, needs.explain)
+        advice.check(plan, predict.device_bytes_free(), predict.device_bytes(), limit, needs.explain)
         return plan
 
     def prepare(self, requests: Sequence[Request]) -> float:
@@ -189,7 +191,7 @@ class Pipeline:
 
     def _programs(self, request: Request, watched: bool) -> Iterator[Program]:
         if self.checkpoint.schedule.causal is None:
-            yield from whole_video.programs(self._parts, request, watched=watched)
+            yield from whole.programs(self._parts, request, watched=watched)
             return
         if request.text_embeddings is None:
             yield from self._parts.prompts.programs()
@@ -214,14 +216,14 @@ class Pipeline:
         plan = self.check_memory(request)
         clock, parts = Clock(), self._parts
         with self._explained(request), parts.precision():
-            latents = whole_video.make_latents(parts, request, clock, on_step)
+            latents = whole.make_latents(parts, request, clock, on_step)
             if request.save_latents is not None:
-                interchange.write_latents(request.save_latents, np.asarray(latents)[0])
+                tensor_files.write_latents(request.save_latents, np.asarray(latents)[0])
             with clock("load"):
                 parts.network("vae").load()
             with clock("vae"):
                 frames = parts.vae.decode(latents)
-        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, memory.peak_bytes())
+        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, predict.peak_bytes())
 
     def _generate_blocks(self, request: Request, on_step: OnStep | None) -> Result:
         if request.endless:
@@ -230,7 +232,7 @@ class Pipeline:
             )
         inputs = self._inputs(request)
         frames, latents, seconds = collect(self._stream_blocks(request, inputs), inputs, on_step)
-        return Result(frames, latents, request, seconds, self.plan(request), memory.peak_bytes())
+        return Result(frames, latents, request, seconds, self.plan(request), predict.peak_bytes())
 
     def _stream_blocks(self, request: Request, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
@@ -256,15 +258,15 @@ class Pipeline:
         return read_inputs(request, self.checkpoint, allow_mismatch=self.options.allow_mismatch)
 
     def _explained(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        return memory_advice.explained(lambda: self._memory(request).explain(memory.device_bytes()))
+        return advice.explained(lambda: self._memory(request).explain(predict.device_bytes()))
 
-    def _memory(self, request: Request) -> memory_settings.Needs:
-        return memory_settings.Needs(
+    def _memory(self, request: Request) -> need.Needs:
+        return need.Needs(
             self.checkpoint,
             {name: network.config for name, network in self._parts.networks.items()},
             self._parts.latent_shape(request)[:3],
             request,
             self.options,
             on_cpu=jax.default_backend() == "cpu",
-            available=self.options.memory_limit_bytes or memory.device_bytes(),
+            available=self.options.memory_limit_bytes or predict.device_bytes(),
         )

@@ -20,14 +20,14 @@ from benchmarks.gpu.sections import Row, message
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.sizes import SHIFT, STEP_LIST, Models, models
 from benchmarks.gpu.weights import RandomNetwork
-from x2v_jax.clock import Clock
-from x2v_jax.denoising import Conditions, Denoiser
 from x2v_jax.diffusion.schedules import step_sigmas
-from x2v_jax.image_conditioner import ImageConditioner
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.denoise import Conditions, Denoiser
+from x2v_jax.generate.image import ImageConditioner
+from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.media.video import write_video
 from x2v_jax.models import functional
 from x2v_jax.ops.choice import OpChoice
-from x2v_jax.vae_runner import VaeRunner
-from x2v_jax.video import write_video
 
 _FPS = 16
 _PROMPT_TOKENS = 60

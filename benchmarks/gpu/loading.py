@@ -16,8 +16,8 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.sizes import models
 from x2v_jax.checkpoint.names import native_shapes
 from x2v_jax.checkpoint.store import open_checkpoint, save_native
+from x2v_jax.generate.network import Network
 from x2v_jax.models.config import Schedule
-from x2v_jax.networks import Network
 
 
 def loading_rows(settings: Settings) -> Iterator[Row]:

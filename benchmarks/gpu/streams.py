@@ -17,8 +17,8 @@ from benchmarks.gpu.weights import RandomNetwork
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas
+from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.ops.choice import OpChoice
-from x2v_jax.vae_runner import VaeRunner
 
 _BLOCK, _WINDOW = 3, 21
 # After so many blocks the window is full, and every block takes as long as the one before.

@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 
 from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.generate.network import Network
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.networks import Network
 
 _MODELS: Mapping[type, tuple[str, Any]] = {
     WanConfig: ("transformer", WanModel),

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import shapes_frechet as frechet
 from train.data import shapes
-from x2v_jax.pixels import to_uint8
+from x2v_jax.media.pixels import to_uint8
 
 
 @pytest.fixture(scope="module")

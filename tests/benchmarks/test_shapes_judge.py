@@ -7,7 +7,7 @@ import pytest
 from benchmarks import shapes_judge as judge
 from benchmarks.shapes_data import matching_scenes
 from train.data import shapes
-from x2v_jax.pixels import to_uint8
+from x2v_jax.media.pixels import to_uint8
 
 FRAMES = 33
 RED, BLUE = (230, 26, 26), (33, 64, 242)

@@ -23,7 +23,7 @@ from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.pipeline import Pipeline
-from x2v_jax.request import Request, resolve
+from x2v_jax.request.request import Request, resolve
 
 PROMPTS = ["a red circle moves left", "the blue square slides up", "one green triangle drifts down"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import small_gpu_memory
 from benchmarks.documents import part
-from x2v_jax import memory
+from x2v_jax.memory import predict
 
 ROWS = json.loads(small_gpu_memory.DEFAULT_OUTPUT.read_text())["cases"]
 # What jax is given of a card of so many GiB; see infer.start.
@@ -40,7 +40,7 @@ def test_predictions_are_near_what_was_compiled(case: small_gpu_memory.Case):
     assert 1 <= row["predicted"] / row["device"] < 1.3
     sizes = small_gpu_memory.Sizes(small_gpu_memory._configs(case.model))
     options: dict[str, Any] = {"offload": case.offload, "vae_decode": case.vae_decode, "vae_dtype": case.vae_dtype}
-    plan = memory.plan(sizes, sizes.configs, small_gpu_memory.LATENTS, guided=False, **options)
+    plan = predict.plan(sizes, sizes.configs, small_gpu_memory.LATENTS, guided=False, **options)
     assert plan.phases[case.phase] == row["predicted"]
 
 

@@ -26,9 +26,9 @@ from x2v_jax.checkpoint.quantization_report import quantization_report
 from x2v_jax.checkpoint.smoothing import check_alpha, smoothing_factors
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.errors import UserError
-from x2v_jax.memory import weight_bytes
+from x2v_jax.generate.network import describe_networks
+from x2v_jax.memory.predict import weight_bytes
 from x2v_jax.models.config import Schedule
-from x2v_jax.networks import describe_networks
 
 WORDS = {"int8": "int8", "fp8": "float8_e4m3fn"}
 

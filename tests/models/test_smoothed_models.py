@@ -19,9 +19,9 @@ from x2v_jax.checkpoint.smoothing import Smoother
 from x2v_jax.checkpoint.store import open_checkpoint
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.models import functional
+from x2v_jax.models.activation_stats import listening
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.host_blocks import with_blocks_on_host
-from x2v_jax.models.observe import listening
 from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import OpChoice
 

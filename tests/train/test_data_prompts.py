@@ -17,10 +17,10 @@ from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
 from train.prepare.__main__ import main
 from x2v_jax.checkpoint.names import table
 from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
-from x2v_jax.networks import Network
-from x2v_jax.prompts import PromptEncoder
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.text import PromptEncoder
 
 PROMPTS = ["a red circle moves left", "blue", "a square moves right a square moves right a square", "red circle", "a"]
 

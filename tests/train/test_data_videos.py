@@ -17,9 +17,9 @@ from train.data.prompts import read_prompts
 from train.prepare.__main__ import main
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
-from x2v_jax.video import write_video
+from x2v_jax.generate.clock import Clock
+from x2v_jax.media.video import write_video
 
 SIZE = {"height": 16, "width": 24}
 

@@ -15,7 +15,7 @@ from train.data.items import CaptionedFile
 from train.data.latents import LatentSize, Progress, fill, latent_size_of, make_vae_runner, require_latent_size
 from x2v_jax.diffusion.image_condition import condition_mask
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
+from x2v_jax.media.image import load_image
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.store import NativeCheckpoint
@@ -135,7 +135,7 @@ def make_image_cache(
 
     def encode(row: int) -> dict[str, np.ndarray]:
         nonlocal conditioner
-        from x2v_jax.clock import Clock
+        from x2v_jax.generate.clock import Clock
 
         picture = crop_to_aspect(load_image(images[row].path), height, width)
         if conditioner is None:
@@ -150,8 +150,8 @@ def make_image_cache(
 
 
 def _conditioner(checkpoint: "NativeCheckpoint", compute: str) -> Any:
-    from x2v_jax.image_conditioner import ImageConditioner
-    from x2v_jax.networks import Network
+    from x2v_jax.generate.image import ImageConditioner
+    from x2v_jax.generate.network import Network
 
     config, tensors = checkpoint.config("image_encoder"), checkpoint.tensors("image_encoder")
     clip = Network("image_encoder", config, tensors, dtype=compute)

@@ -161,8 +161,8 @@ def make_latent_cache(
 
 def make_vae_runner(checkpoint: "NativeCheckpoint") -> Any:
     """The VAE of a checkpoint at work."""
-    from x2v_jax.networks import Network
-    from x2v_jax.vae_runner import VaeRunner
+    from x2v_jax.generate.network import Network
+    from x2v_jax.generate.vae import VaeRunner
 
     return VaeRunner(Network("vae", checkpoint.config("vae"), checkpoint.tensors("vae"), dtype="float32"))
 

@@ -91,7 +91,7 @@ def extract_images(
     """
     from PIL import Image
 
-    from x2v_jax.video import write_files
+    from x2v_jax.media.video import write_files
 
     folder = pathlib.Path(folder)
     if not data.has_images:

@@ -165,9 +165,9 @@ class _Encoder:
     def __init__(self, checkpoint: "NativeCheckpoint", text_len: int, compute: str, batch_size: int):
         import jax
 
+        from x2v_jax.generate.network import Network
+        from x2v_jax.generate.tokenizer import Tokenizer
         from x2v_jax.models import functional
-        from x2v_jax.networks import Network
-        from x2v_jax.tokenizer import Tokenizer
 
         file = checkpoint.tokenizer_file()
         if file is None:

@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from train.data import shapes
+from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.functional import Params
-from x2v_jax.pixels import to_uint8
 
 CAPTIONS_PER_VIDEO = 6
 _ENCODE_BATCH = 8

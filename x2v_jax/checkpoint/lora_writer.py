@@ -192,7 +192,7 @@ def write_lora(
 
     Args:
         path: the file, `.safetensors`.
-        lora: as `x2v_jax.lora_layers.init_lora` has it: flat name -> {"down": [L, in, r], "up": [L, r, out]}.
+        lora: as `train.lora.init_lora` has it: flat name -> {"down": [L, in, r], "up": [L, r, out]}.
         config: of the transformer.
         alpha: what it was trained with: the change is alpha / r * down @ up.
         dialect: "lightx2v", "comfyui" or "diffusers".

@@ -16,11 +16,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from x2v_jax.models.activation_stats import in_layer, is_listening
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.host_blocks import lie_on_host, map_from_host
 from x2v_jax.models.layers import LayerNorm, Linear, Quantization, Remat, scan_blocks, stacked
-from x2v_jax.models.observe import in_layer, is_listening
 from x2v_jax.models.rope import rope_tables, rope_tables_at
 from x2v_jax.models.wan_blocks import Block, CrossKeys, KeyValueCache, Mlp, Tokens, modulation_init, modulation_parts
 from x2v_jax.ops.attention import Span

@@ -9,9 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from x2v_jax.models.activation_stats import observe
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.layers import LayerNorm, RMSNorm, linear, named_output
-from x2v_jax.models.observe import observe
 from x2v_jax.models.rope import RopeTables
 from x2v_jax.ops.attention import Span, attention, attention_by_spans, query_dtype
 from x2v_jax.ops.choice import OpChoice

@@ -8,15 +8,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from x2v_jax import memory, vae_memory
 from x2v_jax.errors import UserError
+from x2v_jax.memory import predict, vae
 from x2v_jax.ops.choice import CHOICES, OpChoice
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": memory.DTYPES,
-    "vae_dtype": memory.DTYPES,
-    "vae_decode": vae_memory.DECODE_METHODS,
-    "offload": memory.OFFLOADS,
+    "dtype": predict.DTYPES,
+    "vae_dtype": predict.DTYPES,
+    "vae_decode": vae.DECODE_METHODS,
+    "offload": predict.OFFLOADS,
     **CHOICES,
 }
 
@@ -27,7 +27,7 @@ class RunOptions:
 
     dtype: "bfloat16" (matmuls and weights; the rest is float32) or "float32" (everything, highest precision).
     vae_dtype: of the VAE's convolutions and weights.
-    vae_decode: "auto", "whole", "stream" or "tiled"; see `vae_runner.VaeRunner`.
+    vae_decode: "auto", "whole", "stream" or "tiled"; see `generate.vae.VaeRunner`.
     keep_encoders: leave text and image encoders on the device while denoising.
     sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
     offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device

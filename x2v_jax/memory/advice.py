@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from x2v_jax.errors import UserError
-from x2v_jax.memory import MemoryPlan
+from x2v_jax.memory.predict import MemoryPlan
 
 # Predicted memory of a video with these arguments of `memory.plan` changed.
 PlanWith = Callable[..., MemoryPlan]

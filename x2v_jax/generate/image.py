@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from x2v_jax.clock import Clock
 from x2v_jax.diffusion import image_condition
-from x2v_jax.image import load_image
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.programs import Program
+from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.media.image import load_image
 from x2v_jax.models import functional
-from x2v_jax.networks import Network
-from x2v_jax.programs import Program
-from x2v_jax.vae_runner import VaeRunner
 
 
 class ImageConditioner:

@@ -15,7 +15,7 @@ from x2v_jax.checkpoint.eight_bit import quantization_of
 from x2v_jax.checkpoint.names_smoothing import is_smoothed
 from x2v_jax.checkpoint.store import NativeCheckpoint
 from x2v_jax.checkpoint.tensors import LazyTensor
-from x2v_jax.memory import device_dtype
+from x2v_jax.memory.predict import device_dtype
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
@@ -24,7 +24,7 @@ from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
-from x2v_jax.request_fields import as_config
+from x2v_jax.request.fields import as_config
 
 _NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
     "transformer": (WanConfig, WanModel),

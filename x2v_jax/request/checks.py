@@ -6,14 +6,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from x2v_jax import request_rollout
 from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
-from x2v_jax.request_fields import as_config, real_problems, whole_problems
+from x2v_jax.request import causal as request_rollout
+from x2v_jax.request.fields import as_config, real_problems, whole_problems
 
 if TYPE_CHECKING:
-    from x2v_jax.request import Request
+    from x2v_jax.request.request import Request
 
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from x2v_jax.errors import UserError
-from x2v_jax.video import Path, encode_video, frame_rate, settings_file, write_files
+from x2v_jax.media.video import Path, encode_video, frame_rate, settings_file, write_files
 
 # No fragment before the encoder ends; frames count from 0 although B-frames are decoded ahead of their turn.
 _FLAGS = "empty_moov+default_base_moof+negative_cts_offsets+frag_custom"

@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
-from x2v_jax import request_rollout
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig
-from x2v_jax.request_checks import (
+from x2v_jax.request import causal as request_rollout
+from x2v_jax.request.checks import (
     MAX_SEED,
     Model,
     component_problems,
@@ -26,7 +26,7 @@ from x2v_jax.request_checks import (
     size_problems,
     task_problems,
 )
-from x2v_jax.request_fields import as_config
+from x2v_jax.request.fields import as_config
 
 
 @dataclasses.dataclass(frozen=True)

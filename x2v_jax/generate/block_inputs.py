@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x2v_jax import continuation, memory, request_rollout
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
-from x2v_jax.image import load_image
-from x2v_jax.interchange import BlockNoise
+from x2v_jax.generate import earlier_video
+from x2v_jax.media.image import load_image
+from x2v_jax.media.tensor_files import BlockNoise
+from x2v_jax.memory import predict
 from x2v_jax.models.config import CausalSchedule, VaeConfig
-from x2v_jax.request_fields import as_config
+from x2v_jax.request import causal as request_rollout
+from x2v_jax.request.fields import as_config
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.store import NativeCheckpoint
-    from x2v_jax.request import Request
+    from x2v_jax.request.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BlockInputs:
     plan: RolloutPlan
     latent_size: tuple[int, int]
     picture: np.ndarray | None
-    earlier: continuation.Earlier | None
+    earlier: earlier_video.Earlier | None
     given: int
     num_frames: int | None
     noise: BlockNoise | None
@@ -64,7 +66,7 @@ def read_inputs(request: "Request", checkpoint: "NativeCheckpoint", *, allow_mis
     assert request.height and request.width  # resolved
     plan = request_rollout.rollout_plan(request, causal)
     vae = as_config(VaeConfig, checkpoint.config("vae"))
-    header = continuation.header(checkpoint, plan, request.height, request.width)
+    header = earlier_video.header(checkpoint, plan, request.height, request.width)
     new = request_rollout.new_latent_frames(request, checkpoint)
     picture = earlier = None
     given = 0
@@ -73,8 +75,8 @@ def read_inputs(request: "Request", checkpoint: "NativeCheckpoint", *, allow_mis
         given = 1 if plan.independent_first_frame else plan.block
         new = None if new is None else new - given
     elif request.continue_from is not None:
-        earlier = continuation.read(request.continue_from, plan, vae, header, allow_mismatch=allow_mismatch)
-        given = continuation.given_frames(plan, earlier.available, new)
+        earlier = earlier_video.read(request.continue_from, plan, vae, header, allow_mismatch=allow_mismatch)
+        given = earlier_video.given_frames(plan, earlier.available, new)
     latent_size = request.height // vae.spatial_stride, request.width // vae.spatial_stride
     total = None if new is None else given + new
     inputs = BlockInputs(plan, latent_size, picture, earlier, given, total, None, header)
@@ -96,7 +98,7 @@ def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def block_sizes(request: "Request", causal: CausalSchedule | None, dtype: str) -> memory.BlockSizes | None:
+def block_sizes(request: "Request", causal: CausalSchedule | None, dtype: str) -> predict.BlockSizes | None:
     """What a resolved request's memory depends on; None where the video is made as a whole.
 
     Args:
@@ -108,9 +110,9 @@ def block_sizes(request: "Request", causal: CausalSchedule | None, dtype: str) -
     encoded = 0
     if request.image is not None:
         encoded = 1 if causal.independent_first_frame else request.num_frame_per_block
-    elif request.continue_from is not None and not continuation.holds_latents(request.continue_from):
+    elif request.continue_from is not None and not earlier_video.holds_latents(request.continue_from):
         encoded = request.rollout_window
     # Where positions are relative the sink moves on, from a second copy of its keys.
     originals = (request.rollout_sink or 0) if request.rollout_positions == "relative" else 0
     kv_cache = request.kv_cache or dtype
-    return memory.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)
+    return predict.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x2v_jax import vae_memory
 from x2v_jax.checkpoint.safetensors_file import read_metadata, read_safetensors
 from x2v_jax.checkpoint.tensors import LazyTensor
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
+from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models.config import VaeConfig
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import IO, Self
 
 import numpy as np
 
-from x2v_jax import interchange
 from x2v_jax.errors import UserError
+from x2v_jax.media import tensor_files
 
 
 class LatentsFile:
@@ -66,7 +66,7 @@ class LatentsFile:
     ) -> None:
         try:
             if self._state:
-                interchange.write_latents(self._path, self._latents(), self._state, context=self._context)
+                tensor_files.write_latents(self._path, self._latents(), self._state, context=self._context)
         finally:
             if self._waiting is not None:
                 self._waiting.close()

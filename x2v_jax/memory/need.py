@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax import memory, memory_advice
-from x2v_jax.block_inputs import block_sizes
 from x2v_jax.checkpoint.store import NativeCheckpoint
-from x2v_jax.memory_advice import Change
-from x2v_jax.request import Request
-from x2v_jax.run_options import RunOptions
+from x2v_jax.generate.block_inputs import block_sizes
+from x2v_jax.memory import advice, predict
+from x2v_jax.memory.advice import Change
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request
 
 # Latent rows and columns that every Wan2.1 model makes: 480 x 832 pixels.
 _SMALL = (60, 104)
@@ -32,7 +32,7 @@ class Needs:
     on_cpu: bool = False
     available: int | None = None
 
-    def plan(self, **changes: Any) -> memory.MemoryPlan:
+    def plan(self, **changes: Any) -> predict.MemoryPlan:
         """The prediction, with some arguments of `memory.plan` replaced."""
         options = self.options
         arguments: dict[str, Any] = {
@@ -49,11 +49,11 @@ class Needs:
             "available": self.available,
             "blocks": self._blocks(),
         }
-        return memory.plan(self.checkpoint, self.configs, **(arguments | changes))
+        return predict.plan(self.checkpoint, self.configs, **(arguments | changes))
 
     def explain(self, limit: int | None) -> str:
-        """A sentence about the need and what would fit into `limit` bytes; see `memory_advice.explain`."""
-        return memory_advice.explain(self.plan(), limit, self.changes(), self.plan)
+        """A sentence about the need and what would fit into `limit` bytes; see `memory.advice.explain`."""
+        return advice.explain(self.plan(), limit, self.changes(), self.plan)
 
     def changes(self) -> list[Change]:
         """What a user could change, the least harmful first."""
@@ -91,5 +91,5 @@ class Needs:
             found.append(Change(f"ask for {count} frames", {"latents": (fewer, height, width)}))
         return found
 
-    def _blocks(self) -> memory.BlockSizes | None:
+    def _blocks(self) -> predict.BlockSizes | None:
         return block_sizes(self.request, self.checkpoint.schedule.causal, self.options.dtype)

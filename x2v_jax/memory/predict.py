@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from x2v_jax import vae_memory
 from x2v_jax.errors import UserError
+from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models.config import ClipConfig, Umt5Config, WanConfig
 
 DTYPES = ("bfloat16", "float32")

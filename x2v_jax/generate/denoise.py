@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Key
 
 from x2v_jax.diffusion import noise, step_distill, unipc
 from x2v_jax.diffusion.flow import guided_velocity, timestep_from_sigma
+from x2v_jax.generate.programs import Program
 from x2v_jax.models import functional
-from x2v_jax.programs import Program
 
 OnStep = Callable[[int, int, Array], None]
 Latents = Float[Array, "1 f h w c"]

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from x2v_jax.checkpoint.store import NativeCheckpoint
-from x2v_jax.clock import Clock
 from x2v_jax.errors import UserError
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.programs import Program
+from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.models import functional
-from x2v_jax.networks import Network
-from x2v_jax.programs import Program
-from x2v_jax.tokenizer import Tokenizer
 
 Embedding = Float[np.ndarray, "l d"]
 # At full size a whole embedding is 8 MB; kept without its padding, a usual prompt is 1 MB.

@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from x2v_jax import continuation
-from x2v_jax.block_inputs import BlockInputs
-from x2v_jax.clock import Clock
 from x2v_jax.diffusion.rollout import ChangeFn, NoiseFn, RenoiseFn, Rollout, draw_between, draw_initial, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
-from x2v_jax.latents_file import LatentsFile
+from x2v_jax.generate import earlier_video
+from x2v_jax.generate.block_inputs import BlockInputs
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.network import Network
+from x2v_jax.generate.programs import Program
+from x2v_jax.generate.vae import StreamDecoder, VaeRunner
+from x2v_jax.media.latents_file import LatentsFile
 from x2v_jax.models.functional import Params
-from x2v_jax.networks import Network
-from x2v_jax.programs import Program
-from x2v_jax.request import Request
-from x2v_jax.request_rollout import pixel_frames
-from x2v_jax.vae_runner import StreamDecoder, VaeRunner
+from x2v_jax.request.causal import pixel_frames
+from x2v_jax.request.request import Request
 
 Given = Float[Array, "1 f h w c"]
 
@@ -43,7 +43,7 @@ class Block:
     index: from 0, in this video.
     seconds: the device's time for "denoise" and "vae"; in the first block compiling is part of it, and what came before
         is there too: "load", "text", "image".
-    state: what a file of latents that ends with this block says about itself. `interchange.write_latents` with the
+    state: what a file of latents that ends with this block says about itself. `media.tensor_files.write_latents` with the
         latents of all blocks so far and this state makes a file that `continue_from` takes.
     """
 
@@ -186,7 +186,7 @@ class BlockStreamer:
         if request.save_latents is None:
             return None
         context = None if inputs.earlier is None or before is None else np.asarray(before[0])
-        keep = continuation.tail_frames(inputs.plan, self._vae.network.config) if request.endless else None
+        keep = earlier_video.tail_frames(inputs.plan, self._vae.network.config) if request.endless else None
         return LatentsFile(request.save_latents, context=context, keep=keep)
 
     def _decoded(

@@ -7,18 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from x2v_jax import device_support, interchange
 from x2v_jax.checkpoint.store import NativeCheckpoint
-from x2v_jax.clock import Clock
-from x2v_jax.denoising import Denoiser
 from x2v_jax.errors import UserError
-from x2v_jax.image_conditioner import ImageConditioner
-from x2v_jax.networks import Lora, Network, describe_networks
-from x2v_jax.prompts import PromptEncoder
-from x2v_jax.request import Request, latent_shape
-from x2v_jax.run_options import RunOptions
-from x2v_jax.streaming import BlockStreamer
-from x2v_jax.vae_runner import VaeRunner
+from x2v_jax.generate.blocks import BlockStreamer
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.denoise import Denoiser
+from x2v_jax.generate.image import ImageConditioner
+from x2v_jax.generate.network import Lora, Network, describe_networks
+from x2v_jax.generate.text import PromptEncoder
+from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.media import tensor_files
+from x2v_jax.ops import support
+from x2v_jax.request.options import RunOptions
+from x2v_jax.request.request import Request, latent_shape
 
 
 class Parts:
@@ -37,7 +38,7 @@ class Parts:
         kinds = {checkpoint.quantization(name) for name in checkpoint.components if name != "tokenizer"} - {None}
         ops = options.ops
         if ops != type(ops)() or kinds:  # else there is nothing that a device could lack, and none has to be started
-            ops = device_support.supported(ops, [kind for kind in kinds if kind], device_support.first_device())
+            ops = support.supported(ops, [kind for kind in kinds if kind], support.first_device())
         self.networks, self.lora_report = describe_networks(
             checkpoint, loras, dtype=options.dtype, vae_dtype=options.vae_dtype, ops=ops, offload=options.offload
         )
@@ -102,7 +103,7 @@ class Parts:
         if request.text_embeddings is None:
             return self.prompts(prompts_of(request), clock)
         transformer = self.network("transformer").config
-        given = interchange.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
+        given = tensor_files.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
         if not request.is_guided:
             return [given["text"]]
         negative = given.get("negative_text")

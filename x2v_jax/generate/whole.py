@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from x2v_jax import interchange
-from x2v_jax.clock import Clock
-from x2v_jax.denoising import Conditions, NotFinite, OnStep
 from x2v_jax.diffusion import image_condition, step_distill, unipc
-from x2v_jax.parts import Parts
-from x2v_jax.programs import Program
-from x2v_jax.request import Request
+from x2v_jax.generate.clock import Clock
+from x2v_jax.generate.components import Parts
+from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep
+from x2v_jax.generate.programs import Program
+from x2v_jax.media import tensor_files
+from x2v_jax.request.request import Request
 
 _pin_first_frame = jax.jit(image_condition.pin_first_frame, donate_argnums=(0,))
 
@@ -96,7 +96,7 @@ def _noise(parts: Parts, request: Request) -> tuple[Any, Any]:
     if request.initial_noise is None:
         return drawn, key
     steps = len(request.denoising_step_list) if request.denoising_step_list is not None else None
-    initial, renoise = interchange.read_noise(request.initial_noise, shape, steps)
+    initial, renoise = tensor_files.read_noise(request.initial_noise, shape, steps)
     return np.ascontiguousarray(initial)[None], key if renoise is None else renoise
 
 

@@ -13,11 +13,11 @@ from x2v_jax.diffusion.rollout_plan import Mode, Positions, RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.models.causal import MAX_FRAMES
 from x2v_jax.models.config import CausalSchedule, VaeConfig, WanConfig
-from x2v_jax.request_fields import as_config, choice_problems, real_problems, whole_problems
+from x2v_jax.request.fields import as_config, choice_problems, real_problems, whole_problems
 
 if TYPE_CHECKING:
-    from x2v_jax.request import Request
-    from x2v_jax.request_checks import Model
+    from x2v_jax.request.checks import Model
+    from x2v_jax.request.request import Request
 
 # How `Request.context_noise` says that there is no clean pass.
 NO_CONTEXT_PASS = -1.0
