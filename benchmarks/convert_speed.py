@@ -19,8 +19,8 @@ import time
 import ml_dtypes
 import numpy as np
 
-from x2v_jax.checkpoint.names import official_shapes
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
+from x2v_jax.checkpoint.names.wan import official_shapes
 from x2v_jax.models.config import WanConfig
 
 SIZES = {
@@ -53,7 +53,7 @@ def copy_seconds(source: pathlib.Path, destination: pathlib.Path) -> float:
 
 def convert_here(source: str, destination: str) -> dict[str, float]:
     """Converts in this process; seconds, seconds of CPU, and bytes of resident memory above the start."""
-    from x2v_jax.checkpoint.convert import Options, convert
+    from x2v_jax.checkpoint.conversion.convert import Options, convert
 
     before = peak_bytes()
     start, busy = time.perf_counter(), time.process_time()

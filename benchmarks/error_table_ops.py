@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.error_table_record import Recording
 from benchmarks.error_table_smooth import smoothed_case, smoothed_cases
 from benchmarks.kv_cache_error import DRAWS, NARROW, attention_errors
-from x2v_jax.checkpoint.calibration import Calibration
+from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.ops.attention import attention
 from x2v_jax.ops.linear_8bit import linear_8bit, quantize_weight
 from x2v_jax.ops.linear_8bit.api import Activations

@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.error_table_record import Recording
 from convert.calibrate import about, record
-from x2v_jax.checkpoint.calibration import Calibration, write_calibration
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.smoothing import ALPHA, smoothing_factors
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.quantize.calibration import Calibration, write_calibration
+from x2v_jax.checkpoint.quantize.smoothing import ALPHA, smoothing_factors
 from x2v_jax.models.functional import Params
 from x2v_jax.request.options import RunOptions
 from x2v_jax.request.request import Request, resolve

@@ -9,7 +9,7 @@ from flax import nnx
 
 from benchmarks.error_table_smooth import smoothed_params
 from benchmarks.shapes_sampling import ShapesModel
-from x2v_jax.checkpoint.calibration import Calibration
+from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.models.functional import Params, abstract, flatten, unflatten
 from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import OpChoice

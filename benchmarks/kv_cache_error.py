@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan

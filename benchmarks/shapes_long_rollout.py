@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.shapes_judge import judge, summarize
 from benchmarks.shapes_sampling import ShapesModel
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas

@@ -199,7 +199,7 @@ def _open(args: Any) -> Any:
     if args.judge_only and not args.checkpoint.exists():
         print(f"no checkpoint at {args.checkpoint}: reconstructions are left out", file=sys.stderr)
         return None
-    from x2v_jax.checkpoint.store import open_checkpoint
+    from x2v_jax.checkpoint.native.reader import open_checkpoint
 
     return open_checkpoint(args.checkpoint)
 

@@ -84,7 +84,7 @@ class Sizes:
     def tensors(self, component: str) -> dict[str, Any]:
         import numpy as np
 
-        from x2v_jax.checkpoint.names import native_shapes
+        from x2v_jax.checkpoint.names.wan import native_shapes
 
         quantization = None if component == "vae" else "int8"
         shapes = native_shapes(component, self.configs[component], quantization)

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             describe(args)
         elif args.command == "wan":
-            from x2v_jax.checkpoint.convert import convert
+            from x2v_jax.checkpoint.conversion.convert import convert
 
             run(lambda progress: convert(args.source, args.destination, options(args), progress), args.destination)
         elif args.command == "extract-lora":
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             calibrate(args)
         else:
-            from x2v_jax.checkpoint.export import export
+            from x2v_jax.checkpoint.published.export import export
 
             run(lambda progress: export(args.checkpoint, args.destination, args.layout, progress), args.destination)
         return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.convert import Options
+    from x2v_jax.checkpoint.conversion.convert import Options
 
 VARIANTS = ("base", "distill", "causvid", "self_forcing")
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -171,8 +171,8 @@ def _add_calibrate(commands: Any) -> None:
 
 def options(args: argparse.Namespace) -> "Options":
     """The library's options for `wan`."""
-    from x2v_jax.checkpoint.convert import Options
-    from x2v_jax.checkpoint.lora import parse_lora_argument
+    from x2v_jax.checkpoint.conversion.convert import Options
+    from x2v_jax.checkpoint.lora.merge import parse_lora_argument
 
     return Options(
         variant=args.variant,

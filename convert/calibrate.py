@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 import x2v_jax
-from x2v_jax.checkpoint.calibration import Calibration, check_destination, write_calibration
-from x2v_jax.checkpoint.names_smoothing import GROUPS
-from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.names.smoothing import GROUPS
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.quantize.calibration import Calibration, check_destination, write_calibration
 from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
 from x2v_jax.request.options import RunOptions

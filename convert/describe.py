@@ -16,15 +16,15 @@ def describe(args: argparse.Namespace) -> None:
         _each_matrix(args)
         return
     from convert.memory import COUNTED, phases
-    from x2v_jax.checkpoint.inspect import inspect, to_text
+    from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
 
     found = inspect(args.path, phases)
     print(json.dumps(found.to_dict(), indent=2) if args.json else to_text(found, COUNTED))
 
 
 def _each_matrix(args: argparse.Namespace) -> None:
-    from x2v_jax.checkpoint.quantization_report import quantization_report, summary
-    from x2v_jax.checkpoint.quantization_source import against_notes
+    from x2v_jax.checkpoint.conversion.compare import against_notes
+    from x2v_jax.checkpoint.conversion.quantization_report import quantization_report, summary
 
     if args.against:
         for note in against_notes(args.path, args.against):

@@ -4,9 +4,9 @@ import argparse
 import json
 import pathlib
 
-from x2v_jax.checkpoint import lora_extract
-from x2v_jax.checkpoint.complete_file import complete_file
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.files.atomic import complete_file
+from x2v_jax.checkpoint.lora import extract
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def extract_lora(args: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = lora_extract.extract_lora(
+        report = extract.extract_lora(
             base,
             distilled,
             args.destination,

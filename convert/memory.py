@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.names import native_shapes
-from x2v_jax.checkpoint.names_smoothing import ASIDE, smoothing_shapes
+from x2v_jax.checkpoint.names.smoothing import ASIDE, smoothing_shapes
+from x2v_jax.checkpoint.names.wan import native_shapes
 from x2v_jax.memory import predict
 from x2v_jax.models.config import Schedule, VaeConfig
 

@@ -8,10 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from x2v_jax.checkpoint.names import official_shapes
-from x2v_jax.checkpoint.names_diffusers import DiffusersNames
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
-from x2v_jax.checkpoint.torch_writer import write_torch_file
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
+from x2v_jax.checkpoint.files.torch_writer import write_torch_file
+from x2v_jax.checkpoint.names.diffusers import DiffusersNames
+from x2v_jax.checkpoint.names.wan import official_shapes
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

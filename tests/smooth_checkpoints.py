@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.calibration import Calibration, write_calibration
-from x2v_jax.checkpoint.names_smoothing import GROUPS
+from x2v_jax.checkpoint.names.smoothing import GROUPS
+from x2v_jax.checkpoint.quantize.calibration import Calibration, write_calibration
 
 
 def recording(

@@ -14,10 +14,10 @@ from PIL import Image
 from convert.__main__ import main
 from convert.calibrate import Maxima
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.calibration import read_calibration
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.quantize.calibration import read_calibration
 from x2v_jax.models import wan_blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -128,7 +128,7 @@ def test_images_are_a_picture_a_folder_or_a_list(tmp_path, prompts, pictures):
 
 
 def test_the_places_are_those_that_the_blocks_name():
-    from x2v_jax.checkpoint.names_smoothing import GROUPS
+    from x2v_jax.checkpoint.names.smoothing import GROUPS
 
     text = pathlib.Path(wan_blocks.__file__).read_text()
     assert all(f'observe("{name}", ' in text for name in GROUPS) and text.count("observe(") == len(GROUPS)

@@ -12,8 +12,11 @@ from small_checkpoints import official_folder, random_tensors, save
 
 from convert import arguments
 from convert.__main__ import main
-from x2v_jax.checkpoint import eight_bit, export, layouts, names, streaming
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion import stream
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published import export, layouts
+from x2v_jax.checkpoint.quantize import eight_bit
 from x2v_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -140,11 +143,11 @@ sys.exit(main(["wan", {str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}]))
 
 def test_the_choices_are_those_of_the_library():
     assert arguments.VARIANTS == layouts.VARIANTS
-    assert arguments.COMPONENTS == names.COMPONENTS
-    assert ("keep", *streaming.DTYPES) == arguments.DTYPES
+    assert arguments.COMPONENTS == wan.COMPONENTS
+    assert ("keep", *stream.DTYPES) == arguments.DTYPES
     assert arguments.LAYOUTS == export.LAYOUTS
     assert ("keep", "none", *eight_bit.WORDS) == arguments.QUANTIZE
-    assert arguments.QUANTIZABLE == names.QUANTIZABLE
+    assert arguments.QUANTIZABLE == wan.QUANTIZABLE
 
 
 def test_settings_are_json():

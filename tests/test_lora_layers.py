@@ -10,10 +10,10 @@ import pytest
 from tiny_models import I2V, T2V, random_parameters
 
 from train.lora import LoraConfig, LoraTree, apply_lora, init_lora
-from x2v_jax.checkpoint.lora import LoraFile, merge_into_native
-from x2v_jax.checkpoint.lora_writer import DIALECTS, write_lora
-from x2v_jax.checkpoint.names import table
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into_native
+from x2v_jax.checkpoint.lora.write import DIALECTS, write_lora
+from x2v_jax.checkpoint.names.wan import table
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import flatten, unflatten
 

@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_safetensors
 from x2v_jax.diffusion import image_condition, noise
 from x2v_jax.errors import UserError
 from x2v_jax.generate.network import Network

@@ -8,9 +8,9 @@ import tiny_models
 from small_checkpoints import save
 
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.generate.network import Network, describe_networks
 
 SHAPES = pathlib.Path(__file__).parent.parent / "assets/shapes_t2v_4step"

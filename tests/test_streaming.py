@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.errors import UserError
 from x2v_jax.generate import blocks as streaming

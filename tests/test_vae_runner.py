@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.media.pixels import to_uint8

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.names import native_shapes
-from x2v_jax.checkpoint.native_writer import save_native
+from x2v_jax.checkpoint.names.wan import native_shapes
+from x2v_jax.checkpoint.native.writer import save_native
 from x2v_jax.models.config import CausalSchedule, ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
 
 TEXT = Umt5Config(vocab_size=64, dim=24, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8)

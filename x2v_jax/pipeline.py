@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from x2v_jax.checkpoint import store
+from x2v_jax.checkpoint.native import reader
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
 from x2v_jax.generate.block_inputs import BlockInputs, read_inputs
@@ -59,7 +59,7 @@ class Pipeline:
     >>> frames = pipe("a red circle moves left", seed=1)  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint: store.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Any):
+    def __init__(self, checkpoint: reader.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Any):
         """See `from_checkpoint`."""
         self.checkpoint = checkpoint
         self.options = RunOptions.of(options)
@@ -81,7 +81,7 @@ class Pipeline:
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
-        return cls(store.open_checkpoint(path), **options)
+        return cls(reader.open_checkpoint(path), **options)
 
     def __call__(self, prompt: str, **fields: Any) -> Frames:
         """Makes one video; fields are those of `Request` (height, width, num_frames, seed, image, …).

@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.gpu.sections import Row, guarded
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.sizes import models
-from x2v_jax.checkpoint.names import native_shapes
-from x2v_jax.checkpoint.store import open_checkpoint, save_native
+from x2v_jax.checkpoint.names.wan import native_shapes
+from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.generate.network import Network
 from x2v_jax.models.config import Schedule
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.generate.network import Network
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower

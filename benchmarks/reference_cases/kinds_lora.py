@@ -6,9 +6,9 @@ import numpy as np
 
 from benchmarks.reference_cases.case import Case
 from benchmarks.reference_cases.weights import to_native
-from x2v_jax.checkpoint import names
-from x2v_jax.checkpoint.lora import LoraFile, merge_into, merge_into_native
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into, merge_into_native
+from x2v_jax.checkpoint.names import wan
 
 
 def lora(case: Case) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def lora(case: Case) -> dict[str, Any]:
     """
     loras = [(LoraFile.open(case.inputs_path), float(case.config["strength"]))]
     official, _ = merge_into({key: _lazy(array) for key, array in case.weights.items()}, loras)
-    rows = names.table("transformer", names.CONFIGS["transformer"].from_dict(case.config))
+    rows = wan.table("transformer", wan.CONFIGS["transformer"].from_dict(case.config))
     native, _ = merge_into_native({row.native: _lazy(to_native(row, case.weights)) for row in rows}, loras, rows)
     merged = {}
     for row in rows:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from benchmarks.reference_cases.case import Case
 from benchmarks.reference_cases.weights import to_native
-from x2v_jax.checkpoint import names
+from x2v_jax.checkpoint.names import wan
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge, unflatten
@@ -41,7 +41,7 @@ def dit(case: Case) -> dict[str, Any]:
 
 def vae(case: Case) -> dict[str, Any]:
     """latents of a video, video of latents, and the latents of the first frame by itself."""
-    config = names.CONFIGS["vae"].from_dict(case.config)
+    config = wan.CONFIGS["vae"].from_dict(case.config)
     graphdef, params = load_network("vae", config, case.weights)
     encode = jax.jit(lambda params, video: merge(graphdef, params).encode(video))
     decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents))
@@ -55,14 +55,14 @@ def vae(case: Case) -> dict[str, Any]:
 
 def umt5(case: Case) -> dict[str, Any]:
     """hidden [B,L,D] of the text encoder, zero past the mask."""
-    graphdef, params = load_network("text_encoder", names.CONFIGS["text_encoder"].from_dict(case.config), case.weights)
+    graphdef, params = load_network("text_encoder", wan.CONFIGS["text_encoder"].from_dict(case.config), case.weights)
     ids, mask = (jnp.asarray(case.inputs[name], jnp.int32) for name in ("ids", "mask"))
     return {"hidden": jax.jit(lambda params: merge(graphdef, params)(ids, mask))(params)}
 
 
 def clip(case: Case) -> dict[str, Any]:
     """features [B,1+N,D] of the visual tower after all blocks but the last."""
-    config = names.CONFIGS["image_encoder"].from_dict(case.config)
+    config = wan.CONFIGS["image_encoder"].from_dict(case.config)
     graphdef, params = load_network("image_encoder", config, case.weights)
     pixels = jnp.moveaxis(jnp.asarray(case.inputs["pixels"]), 1, -1)
     return {"features": jax.jit(lambda params: merge(graphdef, params)(pixels))(params)}
@@ -74,7 +74,7 @@ def load_network(component: str, config: Any, weights: dict[str, np.ndarray]) ->
     Raises:
         ValueError: the weights are not exactly what the table asks for, or the table not what the network has.
     """
-    rows = names.table(component, config)
+    rows = wan.table(component, config)
     keys = {key for row in rows for key in row.official_keys}
     if keys != set(weights):
         raise ValueError(f"{component}: missing {sorted(keys - set(weights))}, left over {sorted(set(weights) - keys)}")

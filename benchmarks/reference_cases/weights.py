@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from x2v_jax.checkpoint.names import Row
+from x2v_jax.checkpoint.names.wan import Row
 
 
 def to_native(row: Row, weights: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -17,9 +17,9 @@ from benchmarks.error_table_plot import plot
 from benchmarks.error_table_record import ATTENTIONS, MATRICES, Recording, listening
 from benchmarks.error_table_smooth import kept_rows, smoothed_case, smoothed_cases
 from benchmarks.error_table_videos import fill, psnr
-from x2v_jax.checkpoint.calibration import Calibration
-from x2v_jax.checkpoint.names_smoothing import GROUPS
-from x2v_jax.checkpoint.smoothing import smoothing_factors
+from x2v_jax.checkpoint.names.smoothing import GROUPS
+from x2v_jax.checkpoint.quantize.calibration import Calibration
+from x2v_jax.checkpoint.quantize.smoothing import smoothing_factors
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import abstract, flatten, merge, split
 from x2v_jax.models.wan import WanModel

@@ -16,7 +16,7 @@ from benchmarks.shapes_judge import Verdict
 from benchmarks.shapes_report import contact_sheet, sheet_rows, table
 from benchmarks.shapes_sampling import ShapesModel
 from train.data.shapes_tokenizer import TEXT_LEN, write_tokenizer
-from x2v_jax.checkpoint.store import open_checkpoint, save_native
+from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import flatten, split
 from x2v_jax.models.umt5 import Umt5Encoder

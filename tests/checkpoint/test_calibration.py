@@ -10,9 +10,9 @@ import tiny_models
 from small_checkpoints import save
 from smooth_checkpoints import recording
 
-from x2v_jax.checkpoint.calibration import check_destination, read_calibration
-from x2v_jax.checkpoint.names_smoothing import GROUPS, module_of, smoothing_shapes
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
+from x2v_jax.checkpoint.names.smoothing import GROUPS, module_of, smoothing_shapes
+from x2v_jax.checkpoint.quantize.calibration import check_destination, read_calibration
 from x2v_jax.errors import UserError
 
 CONFIG = tiny_models.T2V

@@ -25,10 +25,10 @@ from small_checkpoints import (
     save_json,
 )
 
-from x2v_jax.checkpoint import names
-from x2v_jax.checkpoint.convert import Options, convert
-from x2v_jax.checkpoint.schedules import SCHEDULES
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion.convert import Options, convert
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
 from x2v_jax.errors import UserError
 
 TRANSFORMER = random_tensors("transformer", seed=1)
@@ -42,7 +42,7 @@ def parameters(native, component):
 def expected(component, tensors, config=None):
     """Parameters by the definition of the table, without streaming."""
     result = {}
-    for row in names.table(component, config or CONFIGS[component]):
+    for row in wan.table(component, config or CONFIGS[component]):
         layers = [row.transform.forward(tensors[key]) for key in row.official_keys]
         result[row.native] = layers[0] if row.layers is None else np.stack(layers)
     return result
@@ -176,8 +176,8 @@ def test_8_bit_files_are_multiplied_out_with_unrounded_scales(tmp_path, kind):
 
 
 def test_scales_of_blocks_and_of_whole_tensors(tmp_path):
-    from x2v_jax.checkpoint.sources import Kind, RawTensors, to_official
-    from x2v_jax.checkpoint.tensors import LazyTensor
+    from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+    from x2v_jax.checkpoint.published.read import Kind, RawTensors, to_official
 
     def lazy(array):
         return LazyTensor(array.shape, array.dtype, lambda: array)
@@ -432,7 +432,7 @@ convert({str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}, on_progress=halt)
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     import errno
 
-    from x2v_jax.checkpoint import complete_file
+    from x2v_jax.checkpoint.files import atomic
 
     official_folder(tmp_path / "src")
     written = 0
@@ -445,7 +445,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(descriptor, data, position)
 
-    monkeypatch.setattr(complete_file.os, "pwrite", small_disk)
+    monkeypatch.setattr(atomic.os, "pwrite", small_disk)
     with pytest.raises(UserError, match=r"(?i)no space|full"):
         convert(tmp_path / "src", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]

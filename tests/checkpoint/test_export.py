@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, diffusers_folder, diffusers_names, official_folder, random_tensors, save
 
-from x2v_jax.checkpoint import export as export_module
-from x2v_jax.checkpoint.convert import Options, convert
-from x2v_jax.checkpoint.export import export
-from x2v_jax.checkpoint.safetensors_file import read_metadata, read_safetensors
-from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.conversion.convert import Options, convert
+from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published import export as export_module
+from x2v_jax.checkpoint.published.export import export
 from x2v_jax.errors import UserError
 
 WAN_FILES = {
@@ -176,7 +176,7 @@ def test_sizes_that_an_official_folder_cannot_tell_are_written_into_its_config(t
 
 
 def test_arrays_are_transposed_exactly_in_strips():
-    from x2v_jax.checkpoint.arrays import contiguous
+    from x2v_jax.checkpoint.files.arrays import contiguous
 
     rng = np.random.default_rng(0)
     for shape in ((1, 1), (63, 130), (64, 64), (200, 3), (0, 4)):

@@ -8,8 +8,8 @@ from small_checkpoints import CONFIGS, official_folder, random_tensors, save, sa
 from smooth_checkpoints import recording
 
 from convert.memory import phases
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.inspect import inspect, to_text
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
 
@@ -114,7 +114,7 @@ def test_a_lora_and_something_else(tmp_path):
     ],
 )
 def test_published_sizes_are_known_by_name_and_weight(config, name, weights):
-    from x2v_jax.checkpoint.inspect import _model_name
+    from x2v_jax.checkpoint.conversion.inspect import _model_name
 
     configs = {"transformer": config, "vae": VaeConfig(), "text_encoder": Umt5Config(), "image_encoder": ClipConfig()}
     assert _model_name(config, configs) == name

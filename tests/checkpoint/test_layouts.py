@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, I2V, diffusers_folder, official_folder, random_tensors, save, save_json
 
-from x2v_jax.checkpoint.layouts import declared, recognise
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
-from x2v_jax.checkpoint.selection import select
-from x2v_jax.checkpoint.sizes import infer_config
-from x2v_jax.checkpoint.sources import identify, read_raw, to_official, unwrapped
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
+from x2v_jax.checkpoint.published.infer_config import infer_config
+from x2v_jax.checkpoint.published.layouts import declared, recognise
+from x2v_jax.checkpoint.published.read import identify, read_raw, to_official, unwrapped
+from x2v_jax.checkpoint.published.select import select
 from x2v_jax.errors import UserError
 
 TRANSFORMER = random_tensors("transformer")
@@ -183,11 +183,11 @@ def test_a_trainers_file_as_torch_writes_it():
 
 def trainer_file(path, **states):
     """torch.save of nested dicts needs torch; a pickle of plain dicts is enough for the writer's flat archive."""
-    from x2v_jax.checkpoint import sources
+    from x2v_jax.checkpoint.published import read
 
     tensors = {f"{state}/{key}": value for state, part in states.items() for key, value in part.items()}
     save(path, tensors)
-    original = sources.read_torch_file
+    original = read.read_torch_file
 
     def nested(given):
         flat = original(given)
@@ -204,7 +204,7 @@ def test_a_trainers_file_gives_the_averaged_generator(tmp_path, monkeypatch):
     ema = {f"model._fsdp_wrapped_module.{k}": v + 1 for k, v in TRANSFORMER.items()}
     plain = {f"model.{k}": v for k, v in TRANSFORMER.items()}
     nested = trainer_file(tmp_path / "model.pt", generator=plain, critic=plain, generator_ema=ema)
-    monkeypatch.setattr("x2v_jax.checkpoint.sources.read_torch_file", nested)
+    monkeypatch.setattr("x2v_jax.checkpoint.published.read.read_torch_file", nested)
     layout = recognise(tmp_path / "model.pt")
     (source,) = layout.sources
     assert layout.kind == "trainer"

@@ -11,13 +11,13 @@ import pytest
 import safetensors.numpy
 from hypothesis import strategies as st
 
-from x2v_jax.checkpoint import lora as lora_module
-from x2v_jax.checkpoint import lora_file
-from x2v_jax.checkpoint.lora import LoraFile, merge_into, merge_into_native, parse_lora_argument
-from x2v_jax.checkpoint.names import official_shapes, table
-from x2v_jax.checkpoint.names_diffusers import DiffusersNames
-from x2v_jax.checkpoint.tensors import LazyTensor
-from x2v_jax.checkpoint.torch_writer import write_torch_file
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.torch_writer import write_torch_file
+from x2v_jax.checkpoint.lora import merge as lora_module
+from x2v_jax.checkpoint.lora import read
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into, merge_into_native, parse_lora_argument
+from x2v_jax.checkpoint.names.diffusers import DiffusersNames
+from x2v_jax.checkpoint.names.wan import official_shapes, table
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import WanConfig
 
@@ -147,7 +147,7 @@ def test_a_torch_file_may_nest_its_tensors_and_hold_plain_numbers(monkeypatch, t
     nested = {key: lazy(array) for key, array in lightx2v(pairs).items()} | {
         "diffusion_model.blocks.0.self_attn.q.alpha": 6
     }
-    monkeypatch.setattr(lora_file, "read_torch_file", lambda path: {"state_dict": nested, "epoch": 3, "note": "x"})
+    monkeypatch.setattr(read, "read_torch_file", lambda path: {"state_dict": nested, "epoch": 3, "note": "x"})
     got, report = merged_arrays(tensors, [(LoraFile.open(tmp_path / "l.ckpt"), 1.0)])
     assert_close(got, expected_merge(tensors, pairs, 6 / RANK))
     assert len(report.files[0].matched) == 3 and report.files[0].fits

@@ -8,13 +8,13 @@ import pytest
 from tiny_models import I2V, T2V, random_parameters, write_checkpoint
 
 from convert.__main__ import main
-from x2v_jax.checkpoint import lora_extract
-from x2v_jax.checkpoint.lora import LoraFile, merge_into_native
-from x2v_jax.checkpoint.lora_extract import extract_lora, low_rank
-from x2v_jax.checkpoint.lora_writer import DIALECTS
-from x2v_jax.checkpoint.names import table
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
+from x2v_jax.checkpoint.lora import extract
+from x2v_jax.checkpoint.lora.extract import extract_lora, low_rank
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into_native
+from x2v_jax.checkpoint.lora.write import DIALECTS
+from x2v_jax.checkpoint.names.wan import table
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.errors import UserError
 
 RANK = 4
@@ -155,9 +155,9 @@ def test_large_matrices_go_through_a_projection_that_finds_nearly_as_much(monkey
     v, _ = np.linalg.qr(rng.standard_normal((200, 150)))
     for spectrum in (1 / np.arange(1, 151), np.linspace(1, 0.5, 150)):
         matrix = (u * spectrum @ v.T).astype(np.float32)
-        monkeypatch.setattr(lora_extract, "_EXACT", 1024)
+        monkeypatch.setattr(extract, "_EXACT", 1024)
         exact = low_rank(matrix, 8)
-        monkeypatch.setattr(lora_extract, "_EXACT", 1)
+        monkeypatch.setattr(extract, "_EXACT", 1)
         up, down, kept = low_rank(matrix, 8)
         assert kept == pytest.approx(exact[2], rel=0.01) and kept <= exact[2] + 1e-6
         rest = np.square(matrix - up @ down).sum() / np.square(matrix).sum()

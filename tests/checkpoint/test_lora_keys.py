@@ -4,9 +4,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from x2v_jax.checkpoint.lora_keys import ModelNames, ParsedKey, Role, bare_module, parse_key, refused_kind
-from x2v_jax.checkpoint.names import official_shapes
-from x2v_jax.checkpoint.names_diffusers import DiffusersNames
+from x2v_jax.checkpoint.lora.keys import ModelNames, ParsedKey, Role, bare_module, parse_key, refused_kind
+from x2v_jax.checkpoint.names.diffusers import DiffusersNames
+from x2v_jax.checkpoint.names.wan import official_shapes
 from x2v_jax.models.config import WanConfig
 
 OFFICIAL = tuple(official_shapes("transformer", WanConfig.i2v_14b()))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from x2v_jax.checkpoint.lora import LoraFile, merge_into
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 
 CASES = pathlib.Path(__file__).parents[1] / "reference" / "cases"
 

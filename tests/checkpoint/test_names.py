@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, I2V, random_tensors
 
-from x2v_jax.checkpoint import names
-from x2v_jax.checkpoint.names_diffusers import DiffusersNames, Part, res_blocks_of
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.names.diffusers import DiffusersNames, Part, res_blocks_of
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
 MANIFESTS = pathlib.Path(__file__).parent.parent / "reference/manifests"
@@ -28,14 +28,14 @@ def test_tables_hold_exactly_the_tensors_of_the_published_files(name):
     component, config = PUBLISHED[name]
     manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
     published = {key: tuple(shape) for key, (_, shape) in manifest["tensors"].items()}
-    assert names.official_shapes(component, config) == published
-    assert names.parameter_count(component, config) == manifest["parameters"]
+    assert wan.official_shapes(component, config) == published
+    assert wan.parameter_count(component, config) == manifest["parameters"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_official_key_goes_to_one_place_of_one_parameter(name):
     component, config = PUBLISHED[name]
-    rows = names.table(component, config)
+    rows = wan.table(component, config)
     keys = [key for row in rows for key in row.official_keys]
     assert len(keys) == len(set(keys))
     assert len(rows) == len({row.native for row in rows})
@@ -45,7 +45,7 @@ def test_every_official_key_goes_to_one_place_of_one_parameter(name):
 @pytest.mark.parametrize(("component", "config"), SMALL)
 def test_transforms_are_exact_both_ways(component, config):
     tensors = random_tensors(component, config)
-    for row in names.table(component, config):
+    for row in wan.table(component, config):
         for key in row.official_keys:
             ours = row.transform.forward(tensors[key])
             assert ours.shape == row.shape
@@ -54,11 +54,11 @@ def test_transforms_are_exact_both_ways(component, config):
 
 def test_a_linear_layer_is_transposed_and_a_convolution_puts_channels_last():
     weight = np.arange(6).reshape(2, 3)
-    assert np.array_equal(names.LINEAR.forward(weight), weight.T)
+    assert np.array_equal(wan.LINEAR.forward(weight), weight.T)
     kernel = np.arange(2 * 3 * 4 * 5 * 6).reshape(2, 3, 4, 5, 6)
-    assert names.CONV3D.forward(kernel)[1, 2, 3, 0, 1] == kernel[1, 0, 1, 2, 3]
+    assert wan.CONV3D.forward(kernel)[1, 2, 3, 0, 1] == kernel[1, 0, 1, 2, 3]
     time = np.arange(24).reshape(4, 2, 3, 1, 1)
-    assert names.TIME_CONV.forward(time)[2, 1, 3] == time[3, 1, 2, 0, 0]
+    assert wan.TIME_CONV.forward(time)[2, 1, 3] == time[3, 1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -81,7 +81,7 @@ def test_parameter_trees_of_the_networks_have_these_names_and_shapes(name):
     }[component]
     _, params = functional.abstract(lambda: network(config, rngs=nnx.Rngs(0)))
     tree = {key: tuple(leaf.shape) for key, leaf in functional.flatten(params).items()}
-    assert tree == names.native_shapes(component, config)
+    assert tree == wan.native_shapes(component, config)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -89,7 +89,7 @@ def test_diffusers_names_lead_there_and_back(name):
     component, config = PUBLISHED[name]
     translate = DiffusersNames(component, getattr(config, "num_res_blocks", 2))
     seen = set()
-    for key in names.official_shapes(component, config):
+    for key in wan.official_shapes(component, config):
         others, transform = translate.format(key)
         for index, other in enumerate(others):
             assert translate.parse(other) == Part(key, index, len(others), transform)

@@ -19,18 +19,19 @@ from small_checkpoints import (
     save_json,
 )
 
-from x2v_jax.checkpoint import names, streaming
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.eight_bit import DTYPES, dequantize, quantize
-from x2v_jax.checkpoint.export import export
-from x2v_jax.checkpoint.inspect import inspect, to_text
-from x2v_jax.checkpoint.lora_extract import extract_lora
-from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.quantization_report import quantization_report, summary
-from x2v_jax.checkpoint.quantization_source import against_notes
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
-from x2v_jax.checkpoint.store import open_checkpoint
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.conversion import stream
+from x2v_jax.checkpoint.conversion.compare import against_notes
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.quantization_report import quantization_report, summary
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
+from x2v_jax.checkpoint.lora.extract import extract_lora
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published.export import export
+from x2v_jax.checkpoint.quantize.eight_bit import DTYPES, dequantize, quantize
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import WanConfig
 
@@ -82,7 +83,7 @@ def same_bits(one, other):
 def assert_holds(native, component, stored, config=None):
     """The native tensors are those of the file, stacked, 8-bit values and scales to the bit."""
     found = native.tensors(component)
-    for row in names.table(component, config or CONFIGS[component], native.quantization(component)):
+    for row in wan.table(component, config or CONFIGS[component], native.quantization(component)):
         layers = [row.transform.forward(stored[key]) for key in row.official_keys]
         assert same_bits(found[row.native], layers[0] if row.layers is None else np.stack(layers)), row.native
 
@@ -106,7 +107,7 @@ def test_the_formula_is_that_of_lightx2vs_converter(word):
 
 @pytest.mark.parametrize("word", WORDS)
 def test_it_agrees_with_the_operations_quantizer_and_needs_no_more_than_a_piece(word, monkeypatch):
-    from x2v_jax.checkpoint import arrays
+    from x2v_jax.checkpoint.files import arrays
     from x2v_jax.ops.linear_8bit import quantize_weight
 
     weight = np.random.default_rng(1).standard_normal((40, 24)).astype(BF16)
@@ -121,17 +122,15 @@ def test_it_agrees_with_the_operations_quantizer_and_needs_no_more_than_a_piece(
     [(WanConfig.t2v_1_3b(), 300, 0.981), (WanConfig.t2v_14b(), 400, 0.983), (WanConfig.i2v_14b(), 480, 0.985)],
 )
 def test_the_matrices_are_those_that_lightx2v_quantizes(config, count, share):
-    rows = [row for row in names.table("transformer", config) if row.is_quantizable]
+    rows = [row for row in wan.table("transformer", config) if row.is_quantizable]
     assert sum(len(row.official_keys) for row in rows) == count
     assert all(key.split(".")[2] in ("self_attn", "cross_attn", "ffn") for row in rows for key in row.official_keys)
-    assert sum(row.size for row in rows) / names.parameter_count("transformer", config) == pytest.approx(
-        share, abs=6e-4
-    )
-    shapes = names.native_shapes("transformer", config, "int8")
+    assert sum(row.size for row in rows) / wan.parameter_count("transformer", config) == pytest.approx(share, abs=6e-4)
+    shapes = wan.native_shapes("transformer", config, "int8")
     assert shapes["blocks.ffn.linear_1.weight"] == (config.num_layers, config.ffn_dim, config.dim)
     assert shapes["blocks.ffn.linear_1.scale"] == (config.num_layers, config.ffn_dim)
     for component, total in (("text_encoder", 168), ("image_encoder", 128)):
-        rows = names.table(component, names.CONFIGS[component]())
+        rows = wan.table(component, wan.CONFIGS[component]())
         assert sum(len(row.official_keys) for row in rows if row.is_quantizable) == total
 
 
@@ -152,7 +151,7 @@ def test_quantizing_a_published_folder(tmp_path, word):
     assert native.model["quantization"] == {name: {"dtype": WORDS[word]} for name in everything}
     assert native.model["format_version"] == 2
     assert (native.quantization("vae"), native.quantization("transformer")) == (None, WORDS[word])
-    assert native.model["components"]["transformer"]["parameters"] == names.parameter_count("transformer", I2V)
+    assert native.model["components"]["transformer"]["parameters"] == wan.parameter_count("transformer", I2V)
     for component in everything:
         config = I2V if component == "transformer" else CONFIGS[component]
         assert_holds(native, component, lightx2v(made[component], word), config)
@@ -310,7 +309,7 @@ def lora_file(path, keys, rank=2):
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_path, word):
-    from x2v_jax.checkpoint.lora import LoraFile, merge_into_native
+    from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into_native
 
     quantized_source(tmp_path / "src", word)
     changes = lora_file(tmp_path / "l.safetensors", ["blocks.1.ffn.0", "blocks.2.self_attn.q", "head.head"])
@@ -327,7 +326,7 @@ def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_
         expected |= lightx2v({key: floats}, word)
     native = open_checkpoint(tmp_path / "out")
     tensors = native.tensors("transformer")
-    rows = {row.native: row for row in names.table("transformer", CONFIGS["transformer"], WORDS[word])}
+    rows = {row.native: row for row in wan.table("transformer", CONFIGS["transformer"], WORDS[word])}
     for name in ("blocks.ffn.linear_1", "blocks.self_attn.q"):
         values, scale = (np.asarray(tensors[f"{name}.{part}"]) for part in ("weight", "scale"))
         for layer, key in enumerate(rows[f"{name}.weight"].official_keys):
@@ -338,7 +337,7 @@ def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_
     # The same when it is merged on the way to the device, whichever of weight and scale is read first.
     convert(tmp_path / "src", tmp_path / "base")
     base = open_checkpoint(tmp_path / "base")
-    floats = names.table("transformer", base.config("transformer"))
+    floats = wan.table("transformer", base.config("transformer"))
     for order in ((0, 1), (1, 0)):
         loaded, report = merge_into_native(base.tensors("transformer"), [(LoraFile.open(path), 0.5)], floats)
         assert said in str(report)
@@ -377,7 +376,7 @@ def test_inspect_tells_the_error_of_each_matrix(tmp_path, word):
     convert(tmp_path / "src", tmp_path / "out", Options(quantize=word))
     found = inspect(tmp_path / "out")
     assert found.networks[0].quantization == WORDS[word]
-    assert found.networks[0].parameters == names.parameter_count("transformer", CONFIGS["transformer"])
+    assert found.networks[0].parameters == wan.parameter_count("transformer", CONFIGS["transformer"])
     assert f"matrices of the blocks: {WORDS[word]}" in to_text(found)
     reports = list(quantization_report(tmp_path / "out", tmp_path / "src"))
     assert len(reports) == 30 and {r.dtype for r in reports} == {WORDS[word]}
@@ -563,7 +562,7 @@ def test_training_asks_for_floats_and_says_so(tmp_path):
 
 def test_memory_stays_at_a_layer(tmp_path):
     """The streams hand out a layer at a time; scales wait for their weights."""
-    from x2v_jax.checkpoint.plan import make_plan
+    from x2v_jax.checkpoint.conversion.plan import make_plan
 
     official_folder(tmp_path / "src")
     streams = make_plan(tmp_path / "src", Options(quantize="int8")).streams["transformer"]
@@ -572,4 +571,4 @@ def test_memory_stays_at_a_layer(tmp_path):
         if name.endswith(".weight"):
             assert order.index(name) + 1 == order.index(name.removesuffix("weight") + "scale")
             assert [len(piece) for piece in streams[name].pieces()] == [1] * 3
-    assert set(DTYPES) == set(names.QUANTIZATIONS) and streaming.DTYPES
+    assert set(DTYPES) == set(wan.QUANTIZATIONS) and stream.DTYPES

@@ -14,13 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from x2v_jax.checkpoint.safetensors_file import (
-    DTYPES,
-    MAX_HEADER,
-    SafetensorsWriter,
-    read_metadata,
-    read_safetensors,
-)
+from x2v_jax.checkpoint.files.safetensors import DTYPES, MAX_HEADER, SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"

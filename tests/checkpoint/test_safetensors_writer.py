@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -12,19 +12,19 @@ from small_checkpoints import CONFIGS, I2V, official_folder, save
 from smooth_checkpoints import recording
 
 from convert.memory import phases
-from x2v_jax.checkpoint import native_writer
-from x2v_jax.checkpoint.convert import convert
-from x2v_jax.checkpoint.eight_bit import Factors, dequantize, quantize
-from x2v_jax.checkpoint.export import export
-from x2v_jax.checkpoint.inspect import inspect, to_text
-from x2v_jax.checkpoint.lora_extract import extract_lora
-from x2v_jax.checkpoint.names_smoothing import GROUPS
-from x2v_jax.checkpoint.opened import open_native
-from x2v_jax.checkpoint.options import Options
-from x2v_jax.checkpoint.plan import make_plan
-from x2v_jax.checkpoint.quantization_report import quantization_report
-from x2v_jax.checkpoint.smoothing import check_alpha, smoothing_factors
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.conversion.convert import convert
+from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.plan import make_plan
+from x2v_jax.checkpoint.conversion.quantization_report import quantization_report
+from x2v_jax.checkpoint.lora.extract import extract_lora
+from x2v_jax.checkpoint.names.smoothing import GROUPS
+from x2v_jax.checkpoint.native import writer
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published.export import export
+from x2v_jax.checkpoint.published.open import open_native
+from x2v_jax.checkpoint.quantize.eight_bit import Factors, dequantize, quantize
+from x2v_jax.checkpoint.quantize.smoothing import check_alpha, smoothing_factors
 from x2v_jax.errors import UserError
 from x2v_jax.generate.network import describe_networks
 from x2v_jax.memory.predict import weight_bytes
@@ -211,10 +211,10 @@ def test_older_programs_refuse(tmp_path, source, calibration, monkeypatch):
     convert(source, tmp_path / "smooth", options(calibration.path))
     convert(source, tmp_path / "plain", Options(quantize="int8"))
     assert open_checkpoint(tmp_path / "plain").model["format_version"] == 2
-    monkeypatch.setattr("x2v_jax.checkpoint.store.FORMAT_VERSION", 2)
+    monkeypatch.setattr("x2v_jax.checkpoint.native.reader.FORMAT_VERSION", 2)
     with pytest.raises(UserError, match="format_version is 3, and this program reads up to 2"):
         open_checkpoint(tmp_path / "smooth")
-    assert native_writer.FORMAT_VERSION == 3
+    assert writer.FORMAT_VERSION == 3
 
 
 def _edited(folder: pathlib.Path, smoothing: Any, version: int = 3) -> pathlib.Path:

@@ -13,9 +13,9 @@ import pytest
 import safetensors
 import torch_forge as forge
 
-from x2v_jax.checkpoint.safetensors_file import DTYPES
-from x2v_jax.checkpoint.tensors import LazyTensor
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.safetensors import DTYPES
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 from x2v_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -13,8 +13,8 @@ import pytest
 import torch_forge as forge
 from torch_forge import assert_refused
 
-from x2v_jax.checkpoint import restricted_pickle, torch_file
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.files import pickle_reader, torch_reader
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 
 
 class Calls:
@@ -139,11 +139,11 @@ def test_setting_state_changes_no_object_of_the_process(tmp_path):
         a=forge.named("argparse.Namespace") + b")\x81" + state + b"b",
         b=forge.call("collections.OrderedDict") + state + b"b",
     )
-    before = (dict(vars(restricted_pickle.Record)), set(vars(builtins)))
+    before = (dict(vars(pickle_reader.Record)), set(vars(builtins)))
     value = read_torch_file(forge.zip_file(tmp_path / "a.pth", pickled))
     assert type(value["a"]) is dict and type(value["b"]) is dict
     assert value == {"a": dict.fromkeys(("__class__", "__dict__", "fields", "update"), 1), "b": {}}
-    assert before == (dict(vars(restricted_pickle.Record)), set(vars(builtins)))
+    assert before == (dict(vars(pickle_reader.Record)), set(vars(builtins)))
 
 
 # Bombs
@@ -201,7 +201,7 @@ def test_a_staircase_of_shared_lists_is_refused(tmp_path):
 
 @pytest.mark.parametrize("opcode", [b"]", b"}", b"\x8f", b"(", b"N", b"\x8a\x01a"])
 def test_memory_of_a_pickle_is_bounded(tmp_path, monkeypatch, opcode):
-    monkeypatch.setattr(restricted_pickle, "MAX_OBJECTS", 20_000)
+    monkeypatch.setattr(pickle_reader, "MAX_OBJECTS", 20_000)
     path = forge.zip_file(tmp_path / "a.pth", b"\x80\x02" + opcode * 400_000)
     tracemalloc.start()
     assert_refused(path, "objects")
@@ -211,22 +211,22 @@ def test_memory_of_a_pickle_is_bounded(tmp_path, monkeypatch, opcode):
 
 @pytest.mark.parametrize("copy", [b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R0", b"cbuiltins\nset\nh\1\x85R0"])
 def test_copies_made_by_calls_count(tmp_path, monkeypatch, copy):
-    monkeypatch.setattr(restricted_pickle, "MAX_OBJECTS", 20_000)
+    monkeypatch.setattr(pickle_reader, "MAX_OBJECTS", 20_000)
     start = b"\x80\x02" + forge.text("x" * 100_000) + b"q\0](" + b"".join(map(forge.number, range(500))) + b"eq\x01"
     assert_refused(forge.zip_file(tmp_path / "a.pth", start + copy * 1000 + b"."), "objects")
 
 
 def test_a_pickle_that_is_too_long_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(restricted_pickle, "MAX_BYTES", 1000)
-    monkeypatch.setattr(torch_file, "MAX_BYTES", 1000)
+    monkeypatch.setattr(pickle_reader, "MAX_BYTES", 1000)
+    monkeypatch.setattr(torch_reader, "MAX_BYTES", 1000)
     pickled = forge.state_dict(x=forge.text("y" * 2000))
     assert_refused(forge.zip_file(tmp_path / "a.pth", pickled), "which no checkpoint needs")
-    monkeypatch.setattr(torch_file, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(torch_reader, "MAX_BYTES", 10_000)
     assert_refused(forge.legacy_file(tmp_path / "b.pth", pickled), "longer than|too early")
 
 
 def test_colliding_tuple_keys_are_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(restricted_pickle, "MAX_TUPLE_KEYS", 10)
+    monkeypatch.setattr(pickle_reader, "MAX_TUPLE_KEYS", 10)
     items = b"".join(forge.number(i) + b"\x85N" for i in range(20))
     assert_refused(forge.zip_file(tmp_path / "a.pth", b"\x80\x02}(" + items + b"u."), "tuples as dictionary keys")
 

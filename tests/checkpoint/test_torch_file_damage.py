@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_forge import assert_refused, read_everything
 
-from x2v_jax.checkpoint import restricted_pickle, stored_zip
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.files import pickle_reader, zip_index
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 from x2v_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -212,7 +212,7 @@ def test_overlapping_members_are_refused(tmp_path):
 
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored_zip, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(zip_index, "MAX_MEMBERS", 3)
     assert_refused(write(tmp_path / "a.pth", forge.archive(good())), "lists 4 members")
 
 
@@ -246,7 +246,7 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, name):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(sorted(restricted_pickle._OPCODES)), max_size=30), st.binary(max_size=20))
+@given(st.lists(st.sampled_from(sorted(pickle_reader._OPCODES)), max_size=30), st.binary(max_size=20))
 def test_any_run_of_opcodes_is_read_or_refused(tmp_path_factory, opcodes, arguments):
     pickled = b"\x80\x02" + bytes(opcodes) + arguments + b"."
     path = forge.zip_file(tmp_path_factory.getbasetemp() / "opcodes.pth", pickled)

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from x2v_jax.checkpoint import complete_file, torch_writer
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
-from x2v_jax.checkpoint.torch_file import read_torch_file
-from x2v_jax.checkpoint.torch_globals import DTYPES
-from x2v_jax.checkpoint.torch_writer import write_torch_file
+from x2v_jax.checkpoint.files import atomic, torch_writer
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
+from x2v_jax.checkpoint.files.torch_globals import DTYPES
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
+from x2v_jax.checkpoint.files.torch_writer import write_torch_file
 from x2v_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -125,7 +125,7 @@ def test_the_archive_is_laid_out_as_torch_has_it(tmp_path):
 def test_sizes_beyond_32_bits_use_zip64(tmp_path, monkeypatch):
     """With the limit lowered to 100 bytes, sizes and positions above it go to the zip64 fields."""
     monkeypatch.setattr(torch_writer, "_WIDE", 100)
-    monkeypatch.setattr("x2v_jax.checkpoint.stored_zip._IN_ZIP64_FIELD", 100)
+    monkeypatch.setattr("x2v_jax.checkpoint.files.zip_index._IN_ZIP64_FIELD", 100)
     tensors = {"large": np.arange(1000.0), "small": np.arange(3.0)}
     write_torch_file(tmp_path / "a.pth", tensors)
     result = read_torch_file(tmp_path / "a.pth")
@@ -165,8 +165,8 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
-    usage = complete_file.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(complete_file.shutil, "disk_usage", lambda path: usage)
+    usage = atomic.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs .* bytes and the disk has 1,000 free"):
         write_torch_file(tmp_path / "a.pth", {"x": np.zeros(10_000)})
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from x2v_jax.checkpoint.tensors import LazyTensor
-from x2v_jax.checkpoint.torch_file import read_torch_file
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 from x2v_jax.errors import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C

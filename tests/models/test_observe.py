@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from flax import nnx
 
-from x2v_jax.checkpoint.names_smoothing import GROUPS
+from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.models import functional
 from x2v_jax.models.activation_stats import in_layer, is_listening, listening, observe
 from x2v_jax.models.host_blocks import with_blocks_on_host

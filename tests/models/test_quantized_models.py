@@ -9,8 +9,8 @@ import pytest
 import tiny_models
 from flax import nnx
 
-from x2v_jax.checkpoint import names
-from x2v_jax.checkpoint.eight_bit import dequantize, quantize
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.quantize.eight_bit import dequantize, quantize
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.errors import UserError
 from x2v_jax.models import functional
@@ -22,7 +22,7 @@ from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import OpChoice
 from x2v_jax.ops.linear_8bit import QuantizedRows
 
-QUANTIZATIONS = names.QUANTIZATIONS
+QUANTIZATIONS = wan.QUANTIZATIONS
 # Largest relative error that 8-bit activations add in these small networks; measured 0.011 and 0.049.
 ADDED = {"int8": 0.03, "float8_e4m3fn": 0.1}
 MAKE = {"transformer": WanModel, "text_encoder": Umt5Encoder, "image_encoder": ClipVisionTower}
@@ -32,7 +32,7 @@ def weights(component: str, config: Any, quantization: str):
     """(quantized parameters, the floats that they stand for), flat."""
     floats = tiny_models.random_parameters(component, config)
     eight_bit = {}
-    for row in names.table(component, config):
+    for row in wan.table(component, config):
         values = floats[row.native]
         if not row.is_quantizable:
             eight_bit[row.native] = values

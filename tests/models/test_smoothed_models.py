@@ -11,12 +11,12 @@ import smooth_checkpoints
 import tiny_models
 from flax import nnx
 
-from x2v_jax.checkpoint import names
-from x2v_jax.checkpoint.eight_bit import quantize
-from x2v_jax.checkpoint.names_smoothing import ASIDE
-from x2v_jax.checkpoint.opened import open_native
-from x2v_jax.checkpoint.smoothing import Smoother
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.names.smoothing import ASIDE
+from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.checkpoint.published.open import open_native
+from x2v_jax.checkpoint.quantize.eight_bit import quantize
+from x2v_jax.checkpoint.quantize.smoothing import Smoother
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.models import functional
 from x2v_jax.models.activation_stats import listening
@@ -34,7 +34,7 @@ def smoothed(folder: pathlib.Path, config: Any, flat: Flat, calibration, quantiz
     tiny_models.write_checkpoint(folder, image=config.model_type == "i2v", changes={"components": components})
     smoother = Smoother(calibration, 0.5, open_native(open_checkpoint(folder), "transformer").found.tensors)
     result = {}
-    for row in names.table("transformer", config):
+    for row in wan.table("transformer", config):
         value = flat[row.native]
         if smoother.takes(row):
             value = np.stack([layer * smoother.vector(row, i) for i, layer in enumerate(value)])
@@ -154,7 +154,7 @@ def test_smoothing_takes_the_loss_of_a_few_large_channels(tmp_path, activations,
     options: dict[str, Any] = {"quantization": "int8", "ops": OpChoice(linear_activations=activations)}
     even = smoothed(tmp_path / "source", config, flat, calibration, "int8")
     error = relative(network(config, even, smoothed=True, **options)(call), expected)
-    rows = [row for row in names.table("transformer", config) if row.is_quantizable]
+    rows = [row for row in wan.table("transformer", config) if row.is_quantizable]
     plain = {name: value for name, value in flat.items() if name not in {row.native for row in rows}}
     for row in rows:
         pairs = [quantize(w.T, "int8", "w") for w in flat[row.native]]

@@ -12,7 +12,7 @@ from train.data.cache_format import Plan, TensorSpec
 from train.data.check import check
 from train.data.latents import LatentCache
 from train.data.trajectories import TrajectoryCache, TrajectoryWriter
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata
 from x2v_jax.errors import UserError
 
 SIZE = (2, 3, 4, 5)

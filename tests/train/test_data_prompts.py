@@ -15,8 +15,8 @@ from train.data.check import check
 from train.data.fingerprint import fingerprint
 from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
 from train.prepare.__main__ import main
-from x2v_jax.checkpoint.names import table
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.names.wan import table
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network

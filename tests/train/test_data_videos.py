@@ -16,7 +16,7 @@ from train.data.latents import LatentCache, latent_size_of, make_vae_runner
 from train.data.prompts import read_prompts
 from train.prepare.__main__ import main
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.media.video import write_video

@@ -23,7 +23,7 @@ from train.tasks.dmd import DmdTask, dmd_settings
 from train.tasks.ode_pairs import OdePairs, trajectory_grid
 from train.tasks.ode_regression import OdeRegressionTask
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import flatten

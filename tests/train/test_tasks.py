@@ -16,7 +16,7 @@ from train.loop import train
 from train.tasks.flow_matching import FlowMatchingTask
 from train.tasks.vae import VaeTask, inflate_start
 from x2v_jax import Pipeline
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.errors import UserError
 
 

@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from train.data.cache_format import INDEX_FILE, ITEMS_FILE, Plan, plan_digest, read_index, values_digest
-from x2v_jax.checkpoint.complete_file import complete_file
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_metadata, read_safetensors
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.atomic import complete_file
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.errors import UserError
 
 _RACE_SECONDS = 10

@@ -11,7 +11,7 @@ import numpy as np
 from train.data.cache import read_note
 from train.data.cache_format import Plan, plan_digest, values_digest
 from train.data.lmdb_file import LmdbData, is_lmdb
-from x2v_jax.checkpoint.safetensors_file import read_safetensors
+from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.errors import UserError
 
 Progress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ from train.data.order import epoch_rows
 from train.data.prompts import PromptCache
 from train.data.sources import Batch, Conditions, encode
 from train.data.trajectories import TrajectoryCache
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.models.functional import abstract, merge
 from x2v_jax.models.vae import WanVae
 

@@ -10,7 +10,7 @@ import numpy as np
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 
 _SAMPLE = 1024
 

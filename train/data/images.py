@@ -18,7 +18,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 
 
 class ImageCache:

@@ -16,7 +16,7 @@ from train.data.items import CaptionedFile
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
     from x2v_jax.models.config import VaeConfig
 
 Progress = Callable[[int, int], None]

@@ -22,7 +22,7 @@ from train.data.latents import LatentCache, LatentSize, require_latent_size
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 
 DATA_FILE = "data.mdb"
 # img_shape is not reliable there; this is the size that Self-Forcing-Plus writes.

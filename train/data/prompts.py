@@ -19,7 +19,7 @@ from train.data.fingerprint import fingerprint, require_same
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 
 Progress = Callable[[int, int], None]
 

@@ -10,7 +10,7 @@ from flax import nnx
 from train.data import shapes
 from train.data.shapes_latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from train.data.sources import Source, encode, shapes_prompts
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
 from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.functional import abstract, merge

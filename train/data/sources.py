@@ -16,7 +16,7 @@ from train.data.images import ImageCache
 from train.data.lmdb_file import open_latents
 from train.data.order import epoch_rows
 from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 
 SHAPES = "shapes"

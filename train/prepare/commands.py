@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 
 Progress = Callable[[int, int], None]
 

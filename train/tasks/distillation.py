@@ -15,8 +15,8 @@ from train.evaluation import evaluate_students
 from train.lora import LoraConfig, apply_lora, init_lora
 from train.references import relative_reference
 from train.rollouts import BlockByBlock, Rollout, WholeVideo
-from x2v_jax.checkpoint.lora_writer import DIALECTS, write_lora
-from x2v_jax.checkpoint.store import NativeCheckpoint, open_checkpoint, save_native
+from x2v_jax.checkpoint.lora.write import DIALECTS, write_lora
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint, save_native
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig

@@ -30,7 +30,7 @@ from train.evaluation import shapes_scores
 from train.loop import SingleRoleTask
 from train.pictures import save_grid
 from train.references import relative_reference
-from x2v_jax.checkpoint.store import open_checkpoint, save_native
+from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask

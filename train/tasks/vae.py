@@ -16,7 +16,7 @@ from flax import nnx
 from train.data import shapes
 from train.loop import SingleRoleTask
 from train.pictures import save_grid
-from x2v_jax.checkpoint.store import save_native
+from x2v_jax.checkpoint.native.reader import save_native
 from x2v_jax.models.config import Schedule, VaeConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge, split
 from x2v_jax.models.vae import WanVae

@@ -16,7 +16,7 @@ from x2v_jax.request import causal as request_rollout
 from x2v_jax.request.fields import as_config
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
     from x2v_jax.request.request import Request
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
 from x2v_jax.generate.clock import Clock

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from x2v_jax.checkpoint.safetensors_file import read_metadata, read_safetensors
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models.config import VaeConfig
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.store import NativeCheckpoint
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 
 _FORMAT = "x2v-jax block-by-block latents"
 _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10

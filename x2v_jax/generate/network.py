@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from x2v_jax.checkpoint import lora, names
-from x2v_jax.checkpoint.eight_bit import quantization_of
-from x2v_jax.checkpoint.names_smoothing import is_smoothed
-from x2v_jax.checkpoint.store import NativeCheckpoint
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.lora import merge
+from x2v_jax.checkpoint.names import wan
+from x2v_jax.checkpoint.names.smoothing import is_smoothed
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
+from x2v_jax.checkpoint.quantize.eight_bit import quantization_of
 from x2v_jax.memory.predict import device_dtype
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower
@@ -130,7 +131,7 @@ def describe_networks(
     vae_dtype: str = "float32",
     ops: OpChoice = DEFAULT_OPS,
     offload: str = "none",
-) -> tuple[dict[str, Network], lora.LoraReport | None]:
+) -> tuple[dict[str, Network], merge.LoraReport | None]:
     """The networks that a checkpoint has, by component, none of them loaded; LoRAs are merged into the transformer.
 
     Args:
@@ -144,9 +145,9 @@ def describe_networks(
     for name in (name for name in _NETWORKS if checkpoint.has(name)):
         tensors = checkpoint.tensors(name)
         if name == "transformer" and loras:
-            files = [(lora.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
-            rows = names.table(name, checkpoint.config(name))
-            tensors, report = lora.merge_into_native(tensors, files, rows)
+            files = [(merge.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
+            rows = wan.table(name, checkpoint.config(name))
+            tensors, report = merge.merge_into_native(tensors, files, rows)
         networks[name] = Network(
             name,
             checkpoint.config(name),

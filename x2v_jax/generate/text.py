@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter, read_safetensors
-from x2v_jax.checkpoint.tensors import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_safetensors
 from x2v_jax.errors import UserError
 
 Path = str | os.PathLike[str]

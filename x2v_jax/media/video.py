@@ -19,7 +19,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
-from x2v_jax.checkpoint.complete_file import complete_file
+from x2v_jax.checkpoint.files.atomic import complete_file
 from x2v_jax.errors import UserError
 
 Path = str | os.PathLike[str]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax.checkpoint.store import NativeCheckpoint
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.generate.block_inputs import block_sizes
 from x2v_jax.memory import advice, predict
 from x2v_jax.memory.advice import Change

@@ -1,0 +1,114 @@
+"""Decides which networks of a conversion become or stay 8-bit, and says so."""
+
+from collections.abc import Iterator, Mapping
+
+from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.names.wan import QUANTIZABLE, table
+from x2v_jax.checkpoint.published.open import Opened
+from x2v_jax.checkpoint.quantize.eight_bit import WORDS
+from x2v_jax.errors import UserError
+
+
+def choose_quantization(opened: Mapping[str, Opened], options: Options) -> dict[str, str | None]:
+    """The 8-bit type of each network in the result, None for floats.
+
+    Args:
+        opened: by component.
+
+    Raises:
+        UserError: it is not known what is meant, or a network is 8-bit in another way already.
+    """
+    if options.quantize not in ("keep", "none", *WORDS):
+        raise UserError(f"--quantize {options.quantize}: give one of keep, none, {', '.join(WORDS)}")
+    wanted = _components(opened, options)
+    return {name: _of(one, options, name in wanted) for name, one in opened.items()}
+
+
+def quantization_notes(
+    opened: Mapping[str, Opened],
+    tensors: Mapping[str, Mapping[str, LazyTensor]],
+    quantizations: Mapping[str, str | None],
+    options: Options,
+) -> Iterator[str]:
+    """Sentences for the user about what becomes of 8-bit weights.
+
+    Args:
+        opened: by component. tensors: the same with LoRAs merged. quantizations: as `choose_quantization` gives them.
+    """
+    for name, one in opened.items():
+        found, target = one.found, quantizations[name]
+        matrices = _matrices(one)
+        if target is None and found.quantized:
+            is_8bit = bool(found.quantized.intersection(matrices))
+            yield _multiplied_out(one, is_8bit and options.quantize != "none")
+        elif target is not None and stored_quantization(one) == target:
+            left = sum(tensors[name][key] is found.tensors[key] for key in matrices)
+            if left:
+                yield f"{name}: {left} matrices are {target} and stay so, bit for bit"
+            yield from _rounded_scales(one, matrices)
+        elif target is not None:
+            yield f"{name}: {len(matrices)} matrices become {target} with a float32 scale a row"
+
+
+def _components(opened: Mapping[str, Opened], options: Options) -> tuple[str, ...]:
+    asked = options.quantize_components
+    if options.quantize not in WORDS:
+        if asked:
+            raise UserError(f"--quantize-component {asked[0]}: say with --quantize int8 or fp8 what it is to become")
+        return ()
+    for name in asked or ("transformer",):
+        if name not in QUANTIZABLE:
+            raise UserError(f"--quantize-component {name}: give one of {', '.join(QUANTIZABLE)}; the rest stays float")
+        if name not in opened:
+            which = f"--quantize-component {name}" if asked else f"--quantize {options.quantize}"
+            raise UserError(
+                f"{which}: no {name} is converted here; name others with --quantize-component, or leave out what keeps "
+                "it away (--component, --reuse)"
+            )
+    return asked or ("transformer",)
+
+
+def stored_quantization(one: Opened) -> str | None:
+    """The 8-bit type that a network can be run in as it is; None where its matrices are floats, or differ."""
+    kept = one.found.kept
+    kinds = {kept[key].quantization if key in kept else None for key in _matrices(one)}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _matrices(one: Opened) -> list[str]:
+    return [k for row in table(one.source.component, one.config) if row.is_quantizable for k in row.official_keys]
+
+
+def _of(one: Opened, options: Options, wanted: bool) -> str | None:
+    component, found = one.source.component, one.found
+    stored = stored_quantization(one)
+    target = WORDS[options.quantize] if wanted else None if options.quantize == "none" else stored
+    if wanted and found.quantized.intersection(_matrices(one)) and stored != target:
+        how, where = stored or "8-bit in another way", one.source.location
+        raise UserError(
+            f"--quantize {options.quantize}: the {component} of {where} is {how} already, and rounding it again "
+            "loses more; give the 16- or 32-bit weights, or --quantize keep or none"
+        )
+    return target
+
+
+def _multiplied_out(one: Opened, cannot_stay: bool) -> str:
+    why = ""
+    if cannot_stay:
+        why = ", as they cannot be run as they are (not all matrices of the blocks are int8 or float8_e4m3fn by rows)"
+    return (
+        f"{one.source.component}: {len(one.found.quantized)} 8-bit weights of {one.source.location} are multiplied out "
+        f"with their scales{why}; what 8 bits lost stays lost, so prefer the 16-bit files where you have them"
+    )
+
+
+def _rounded_scales(one: Opened, matrices: list[str]) -> list[str]:
+    kept = [one.found.kept[key] for key in matrices]
+    types = sorted({m.scale_dtype for m in kept if m.scale_dtype not in (None, "float32", "float64")})
+    if not types:
+        return []
+    return [
+        f"{one.source.component}: the files keep the scales as {' and '.join(types)}, so each is off by up to "
+        "0.4 % already; files with float32 scales are more exact"
+    ]

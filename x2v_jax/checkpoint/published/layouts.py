@@ -1,0 +1,308 @@
+"""Recognises what a file or folder holds: which networks, in whose layout, in which variants.
+
+Networks are told by the names of their tensors, never by file names alone; file and folder names decide only what
+tensors cannot tell (base or distilled). Nothing falls back: a variant that is not there is not replaced by another.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+from x2v_jax.checkpoint.files.safetensors import read_metadata
+from x2v_jax.checkpoint.names.wan import COMPONENTS
+from x2v_jax.checkpoint.native.writer import FORMAT
+from x2v_jax.checkpoint.published.key_check import ranges
+from x2v_jax.checkpoint.published.read import Kind, RawTensors, identify, read_raw, unwrapped
+from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets, read_json
+from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
+from x2v_jax.errors import UserError
+
+VARIANTS = ("base", "distill", "causvid", "self_forcing")
+
+# LightX2V's subfolders that hold a transformer, and what is in them.
+_SUBFOLDERS = {
+    "": None,
+    "original": "base",
+    "distill_models": "distill",
+    "causvid_models": "causvid",
+    "int8": None,
+    "fp8": None,
+    "distill_int8": "distill",
+    "distill_fp8": "distill",
+    "causvid_int8": "causvid",
+    "causvid_fp8": "causvid",
+}
+_UNSUPPORTED_FOLDERS = {
+    "distill_cfg_models": "distilled for a variable guidance scale, which this project does not run",
+    "loras": "LoRA files; give them with --lora",
+}
+_TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
+
+# Words in the name of a file or folder that tell the variant; the first that is found counts.
+_HINTS = (
+    (re.compile(r"self[_-]?forcing"), "self_forcing"),
+    (re.compile(r"caus(?:vid|al)"), "causvid"),
+    (re.compile(r"distill"), "distill"),
+)
+
+
+# Why a file is left out.
+_LORA = "a LoRA; give it with --lora to the conversion of its model"
+_PART = "part of a converted checkpoint; give its folder, which has a model.json"
+_CALIBRATION = "recorded activations, for --smooth of the conversion of their model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Files that hold one network.
+
+    variant: of a transformer; None when nothing tells it. state: of a trainer's file, else None.
+    config_file: the config.json that describes it. precision: "int8" or "fp8" when the weights are 8-bit.
+    """
+
+    component: str
+    files: tuple[pathlib.Path, ...]
+    naming: str
+    variant: str | None = None
+    state: str | None = None
+    other_states: tuple[str, ...] = ()
+    config_file: pathlib.Path | None = None
+    precision: str | None = None
+    index: FileSet | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.component, self.naming)
+
+    @property
+    def location(self) -> str:
+        first = self.files[0]
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{first}{more}"
+
+    def read(self) -> RawTensors:
+        raw = read_raw(self.files)
+        if self.index is not None and self.index.index:
+            lost = [key for key in self.index.index if unwrapped(key) not in raw.tensors]
+            if lost:
+                names = ", ".join(ranges(lost))
+                raise UserError(f"{self.index.name}: {names} not in the files that it names; download them again")
+        return raw
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a path holds. kind: wan, lightx2v, diffusers, trainer, file, native, lora, part (a file of a native
+    checkpoint), calibration (recorded activations) or unknown.
+
+    left_out: file or folder -> why it is not used.
+    """
+
+    path: pathlib.Path
+    kind: str
+    sources: tuple[Source, ...] = ()
+    tokenizer: pathlib.Path | None = None
+    left_out: tuple[tuple[pathlib.Path, str], ...] = ()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The known variants of the transformers here."""
+        found = {s.variant for s in self.of("transformer")}
+        return tuple(v for v in VARIANTS if v in found)
+
+    def of(self, component: str) -> list[Source]:
+        return [s for s in self.sources if s.component == component]
+
+
+def recognise(path: str | pathlib.Path) -> Layout:
+    """Looks at a file or folder; reads names and headers only.
+
+    Raises:
+        UserError: it does not exist, or a file in it is damaged (missing shard, broken index, unreadable header).
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return _recognise_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give the path of a checkpoint")
+    if (path / "model.json").is_file():
+        return Layout(path, "native")
+    if (path / "model_index.json").is_file() or (path / "transformer").is_dir() or _has_described_parts(path):
+        folders = {name: "base" if name == "transformer" else None for name in COMPONENTS}
+        layout = _scan(path, "diffusers", folders)
+        hint = _hint(path.name)
+        if hint:
+            return dataclasses.replace(layout, sources=tuple(_with_variant(s, hint) for s in layout.sources))
+        return layout
+    layout = _scan(path, "wan", _SUBFOLDERS)
+    kinds = {s.kind for s in layout.sources}
+    if not layout.sources:
+        kind = "lora" if any(reason == _LORA for _, reason in layout.left_out) else "unknown"
+        return dataclasses.replace(layout, kind=kind)
+    if any(s.files[0].parent.name in _SUBFOLDERS and s.files[0].parent != path for s in layout.sources) or any(
+        s.precision for s in layout.sources
+    ):
+        return dataclasses.replace(layout, kind="lightx2v")
+    if any(s.state for s in layout.sources):
+        return dataclasses.replace(layout, kind="trainer")
+    if kinds == {Kind("transformer", "diffusers")} or all(k.naming == "diffusers" for k in kinds):
+        return dataclasses.replace(layout, kind="diffusers")
+    return layout
+
+
+def _has_described_parts(path: pathlib.Path) -> bool:
+    """Whether it is a part of a diffusers folder, such as a VAE alone."""
+    return any((path / name / "config.json").is_file() for name in COMPONENTS)
+
+
+def _recognise_file(path: pathlib.Path) -> Layout:
+    if path.name == "model.json":
+        return Layout(path.parent, "native")
+    if path.suffix not in SUFFIXES and not path.name.endswith(".index.json"):
+        raise UserError(f"{path}: neither a checkpoint folder nor a {', '.join(SUFFIXES)} file")
+    files = file_set_of(path)
+    found = _source(files, path.parent, None)
+    if isinstance(found, str):
+        kinds = {_LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
+        return Layout(path, kinds.get(found, "unknown"), left_out=((path, found),))
+    kind = "trainer" if found.state else "lightx2v" if found.precision else "file"
+    return Layout(path, kind, (found,), _tokenizer(path.parent))
+
+
+def _scan(root: pathlib.Path, kind: str, folders: dict[str, str | None]) -> Layout:
+    sources: list[Source] = []
+    left_out: list[tuple[pathlib.Path, str]] = []
+    for name, variant in folders.items():
+        folder = root / name if name else root
+        if not folder.is_dir():
+            continue
+        found: list[Source] = []
+        for files in file_sets(folder):
+            source = _source(files, root, variant)
+            if isinstance(source, str):
+                left_out.append((files.files[0], source))
+            else:
+                found.append(source)
+        kept, dropped = _prefer_safetensors(found)
+        sources += kept
+        left_out += dropped
+    if any(s.component == "transformer" and s.files[0].parent == root for s in sources):
+        # The published loaders read original/ only where the folder itself holds no shards.
+        left_out += [(s.files[0], "the folder itself holds the base weights") for s in sources if _in_original(s)]
+        sources = [s for s in sources if not _in_original(s)]
+    left_out += [(root / n, reason) for n, reason in _UNSUPPORTED_FOLDERS.items() if (root / n).is_dir()]
+    return Layout(root, kind, tuple(sources), _tokenizer(root), tuple(left_out))
+
+
+def _in_original(source: Source) -> bool:
+    return source.component == "transformer" and source.files[0].parent.name == "original"
+
+
+def _prefer_safetensors(found: list[Source]) -> tuple[list[Source], list[tuple[pathlib.Path, str]]]:
+    """Where a folder holds the same network in both formats, the published loaders take the safetensors file."""
+    safe = {s.component for s in found if s.files[0].suffix == ".safetensors"}
+    dropped = [s for s in found if s.component in safe and s.files[0].suffix != ".safetensors"]
+    # Only a twin is dropped: a trainer's states beside the base weights are another model.
+    dropped = [s for s in dropped if s.state is None]
+    reason = "the safetensors file beside it holds the same network"
+    return [s for s in found if s not in dropped], [(s.files[0], reason) for s in dropped]
+
+
+def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> Source | str:
+    """The network in a set of files, or the reason why there is none that can be used."""
+    try:
+        ours = _of_ours(files.files[0])
+        if ours is not None:
+            return ours
+        raw = read_raw(files.files[:1]) if files.index else read_raw(files.files)
+        kind = identify(raw.tensors)
+        if kind.component is None and files.index:
+            raw = read_raw(files.files)
+            kind = identify(raw.tensors)
+    except UserError as error:
+        if _is_auxiliary(files):
+            return str(error)
+        raise
+    if kind.component == "lora":
+        return _LORA
+    if kind.component is None:
+        return "holds none of Wan2.1's networks"
+    names = {tensor.dtype.name for tensor in raw.tensors.values()}
+    precision = "int8" if "int8" in names else "fp8" if any(n.startswith("float8") for n in names) else None
+    if kind.component == "transformer":
+        variant = variant or _variant(files, raw, root, precision)
+    return Source(
+        kind.component,
+        files.files,
+        kind.naming,
+        variant if kind.component == "transformer" else None,
+        raw.state,
+        raw.other_states,
+        _config_file(files.files[0].parent, kind),
+        precision,
+        files if files.index else None,
+    )
+
+
+def _of_ours(path: pathlib.Path) -> str | None:
+    """What a file is that this project wrote and that is no source of a conversion; None of others."""
+    if path.suffix != ".safetensors":
+        return None
+    written = read_metadata(path).get("format")
+    return {FORMAT: _PART, CALIBRATION_FORMAT: _CALIBRATION}.get(written or "")
+
+
+def _is_auxiliary(files: FileSet) -> bool:
+    """Files that lie in published folders beside the weights and are no checkpoints."""
+    return files.files[0].suffix == ".bin" or files.files[0].name.startswith(("optimizer", "scheduler", "rng_state"))
+
+
+def _variant(files: FileSet, raw: RawTensors, root: pathlib.Path, precision: str | None) -> str | None:
+    first = files.files[0]
+    within = first.relative_to(root).parts if first.is_relative_to(root) else (first.name,)
+    for name in (*reversed(within), *((root.name, root.parent.name) if precision or raw.state else (root.name,))):
+        if name == root.name and first.name.startswith("diffusion_pytorch_model") and not precision:
+            break  # in a folder named after a distilled model, the shards of that name are the base it came from
+        if hint := _hint(name):
+            return hint
+    if raw.state is None and first.name.startswith("diffusion_pytorch_model"):
+        return "base"
+    return None
+
+
+def _hint(name: str) -> str | None:
+    return next((variant for pattern, variant in _HINTS if pattern.search(name.lower())), None)
+
+
+def _with_variant(source: Source, variant: str) -> Source:
+    return dataclasses.replace(source, variant=variant) if source.component == "transformer" else source
+
+
+def _config_file(folder: pathlib.Path, kind: Kind) -> pathlib.Path | None:
+    """The config.json that describes a network: beside it, or one folder up for LightX2V's subfolders."""
+    places = [folder]
+    if kind.naming == "official" and folder.name in _SUBFOLDERS and folder.name:
+        places.append(folder.parent)
+    return next((p / "config.json" for p in places if (p / "config.json").is_file()), None)
+
+
+def declared(source: Source) -> dict[str, object]:
+    """What config.json says about a source. An official folder's file describes the transformer; a section named after
+    another component ({"image_encoder": {"num_heads": 4}}) describes that one."""
+    if source.config_file is None:
+        return {}
+    config = read_json(source.config_file)
+    section = config.get(source.component)
+    own = dict(section) if isinstance(section, dict) else {}
+    class_name = str(config.get("_class_name") or config.get("model_type") or "")
+    describes_it = source.naming == "diffusers" or (source.component == "vae" and "Autoencoder" in class_name)
+    if source.component == "transformer" or describes_it:
+        config = {k: v for k, v in config.items() if k not in COMPONENTS}
+        if source.component != "transformer":
+            config.pop("model_type", None)
+        return config | own
+    return own
+
+
+def _tokenizer(root: pathlib.Path) -> pathlib.Path | None:
+    return next((root / name for name in _TOKENIZERS if (root / name).is_file()), None)

@@ -1,0 +1,171 @@
+"""The sampling settings that published checkpoints were made for: their files do not say them, ours do."""
+
+import dataclasses
+import difflib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from x2v_jax.checkpoint.published.shards import read_json
+from x2v_jax.errors import UserError
+from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
+
+# What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_HD: dict[str, Any] = {"height": 720, "width": 1280}
+
+
+def _distilled(steps: tuple[int, ...], **values: Any) -> Schedule:
+    return Schedule(
+        sampler="step_distill",
+        num_inference_steps=len(steps),
+        guidance_scale=1.0,
+        denoising_step_list=steps,
+        **values,
+    )
+
+
+_FOUR_STEPS = (1000, 750, 500, 250)
+
+SCHEDULES: Mapping[str, Schedule] = {
+    "t2v_1_3b": Schedule(shift=8.0, guidance_scale=6.0, negative_prompt=_NEGATIVE),
+    "t2v_14b": Schedule(shift=5.0, guidance_scale=5.0, negative_prompt=_NEGATIVE),
+    "i2v_480p": Schedule(num_inference_steps=40, shift=3.0, guidance_scale=5.0, negative_prompt=_NEGATIVE),
+    "i2v_720p": Schedule(num_inference_steps=40, shift=5.0, guidance_scale=5.0, negative_prompt=_NEGATIVE, **_HD),
+    "distill": _distilled(_FOUR_STEPS, shift=5.0),
+    "self_forcing": _distilled(_FOUR_STEPS, shift=5.0, causal=CausalSchedule()),
+    # This list holds ODE steps of a schedule that was shifted by 8 already: to warp it again ends at sigma 0.39.
+    "causvid": _distilled(
+        (999, 934, 862, 756, 603, 410, 250, 140, 74),
+        shift=8.0,
+        warp_denoising_step=False,
+        causal=CausalSchedule(mode="fragments"),
+    ),
+}
+
+
+def default_schedule(variant: str, config: WanConfig | None, where: str = "") -> Schedule:
+    """The published settings of a variant.
+
+    Args:
+        variant: base, distill, causvid or self_forcing.
+        config: the transformer's sizes; they tell 1.3B from 14B and text from image to video.
+        where: the source's path: I2V 480P and 720P have the same tensors and differ by their folder's name only.
+    """
+    image = config is not None and config.model_type == "i2v"
+    high = image and resolution_in(where) == "720p"
+    if variant != "base":
+        return dataclasses.replace(SCHEDULES[variant], **(_HD if high else {}))
+    if image:
+        return SCHEDULES["i2v_720p" if high else "i2v_480p"]
+    return SCHEDULES["t2v_1_3b" if config is None or config.dim <= 1536 else "t2v_14b"]
+
+
+def resolution_in(path: str) -> str | None:
+    """ "480p" or "720p", whichever stands last in a path; None when neither does.
+
+    >>> resolution_in("/data/720p/Wan2.1-I2V-14B-480P/config.json")
+    '480p'
+    """
+    found = re.findall(r"480p|720p", path.lower())
+    return found[-1] if found else None
+
+
+def override_schedule(text: str, default: Schedule) -> Schedule:
+    """Reads --schedule: a published name, a JSON object whose fields replace the default's, or a file of such.
+
+    Raises:
+        UserError: none of these, an unknown field, or a value of the wrong type.
+    """
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    values = _values(text)
+    fields = {f.name: f for f in dataclasses.fields(Schedule)}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(fields)}"
+            raise UserError(f"--schedule: unknown field {name!r}{hint}")
+        check_field(name, value, getattr(default, name))
+    changed = Schedule.from_dict(default.to_dict() | values)
+    if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:
+        changed = dataclasses.replace(changed, num_inference_steps=len(changed.denoising_step_list))
+    if changed.is_distilled != (changed.sampler == "step_distill"):
+        raise UserError(
+            f"--schedule: sampler {changed.sampler!r} with denoising_step_list {changed.denoising_step_list}; a "
+            "step list goes with 'step_distill' and only with it"
+        )
+    return changed
+
+
+def _values(text: str) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"--schedule: not valid JSON ({error}); write for example '{{\"shift\": 8.0}}'") from None
+        if not isinstance(values, dict):
+            raise UserError("--schedule: a JSON object is needed, for example '{\"shift\": 8.0}'")
+        return values
+    if text.endswith(".json"):
+        return read_json(pathlib.Path(text))
+    raise UserError(f"--schedule: {text!r} is neither JSON nor one of {', '.join(SCHEDULES)}")
+
+
+def check_field(name: str, value: Any, default: Any, where: str = "--schedule") -> None:
+    """Raises a UserError when a schedule's field has a value that it cannot have."""
+    if name == "denoising_step_list":
+        good = value is None or (isinstance(value, list) and _is_step_list(value))
+        kind = "a falling list of timesteps in 1..1000, or null"
+    elif name == "sampler":
+        good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
+    elif name == "causal":
+        good, kind = _is_causal_schedule(value), "null, or an object of block, window, mode and the like"
+    elif isinstance(default, bool):
+        good, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        good, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a positive integer"
+    elif isinstance(default, float):
+        good, kind = _is_number(value) and value > 0, "a positive number"
+    else:
+        good, kind = isinstance(value, str), "text"
+    if not good:
+        raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
+
+
+def _is_causal_schedule(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or not set(value) <= {field.name for field in dataclasses.fields(CausalSchedule)}:
+        return False
+    good = {
+        "mode": lambda v: v in ("full", "sliding", "fragments"),
+        "positions": lambda v: v in ("relative", "absolute"),
+        "independent_first_frame": lambda v: isinstance(v, bool),
+        "context_timestep": lambda v: v is None or (_is_number(v) and 0 <= v <= 1000),
+        "sink": lambda v: _is_whole(v) and v >= 0,
+        "block": lambda v: _is_whole(v) and v > 0,
+        "window": lambda v: _is_whole(v) and v > 0,
+    }
+    return all(good[name](v) for name, v in value.items())
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_step_list(values: list[Any]) -> bool:
+    if not values or not all(_is_number(value) and 0 < value <= 1000 for value in values):
+        return False
+    return all(a > b for a, b in itertools.pairwise(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
