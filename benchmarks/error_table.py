@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     from benchmarks.error_table_record import record_sampling
     from benchmarks.error_table_smooth import calibrated, kept_rows
     from benchmarks.error_table_videos import VARIANTS, video_rows
-    from train.data.shapes import heldout_prompts
+    from train.shapes.world import heldout_prompts
     from x2v_jax.checkpoint.native.reader import open_checkpoint
 
     checkpoint = open_checkpoint(options.checkpoint)

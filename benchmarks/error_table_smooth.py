@@ -34,7 +34,7 @@ _GROUPS = {
 
 def calibrated(checkpoint: Any, seed: int, avoid: Sequence[str] = ()) -> Calibration:
     """Activations of a tiny-world checkpoint on `PROMPTS` prompts, none of them in `avoid`. Its path is not used."""
-    from train.data.shapes import heldout_prompts
+    from train.shapes.world import heldout_prompts
 
     texts = [prompt.text for prompt in heldout_prompts(len(avoid) + 4 * PROMPTS, seed)]
     texts = [text for text in texts if text not in avoid][:PROMPTS]

@@ -103,8 +103,8 @@ def video_rows(
     Videos of all variants have the same noise. Decibels: of each video over all its pixels; their median and the worst.
     """
     from benchmarks.shapes_examine import examine
-    from benchmarks.shapes_judge import label_names
-    from train.data.shapes import heldout_prompts
+    from train.shapes.judge import label_names
+    from train.shapes.world import heldout_prompts
     from x2v_jax.request.request import Request, resolve
 
     prompts = heldout_prompts(count, seed)

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.shapes_frechet import features
-from benchmarks.shapes_judge import Verdict, summarize, track, verdict
+from train.shapes.judge import Verdict, summarize, track, verdict
 
 Names = tuple[str, str, str]
 

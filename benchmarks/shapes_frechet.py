@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.shapes_judge import Track, track
-from benchmarks.shapes_silhouette import misfits, silhouettes
+from train.shapes.judge import Track, track
+from train.shapes.silhouette import misfits, silhouettes
 
 # name -> (centre, unit). Lengths are in pixels, brightness in 0..1.
 FEATURES = {

@@ -38,7 +38,7 @@ def measure(args: Any) -> dict[str, Any]:
     """Rolls out every mode and prints the table of accuracies by horizon."""
     from benchmarks.shapes_long_plot import plot, sheet
     from benchmarks.shapes_long_rollout import LongModel
-    from train.data.shapes import heldout_prompts
+    from train.shapes.world import heldout_prompts
 
     prompts = heldout_prompts(args.prompts, args.seed)
     turned = [turn(prompt) for prompt in prompts]
@@ -61,7 +61,7 @@ def measure(args: Any) -> dict[str, Any]:
 
 def turn(prompt: Any) -> Any:
     """The prompt with the opposite direction, in the canonical wording."""
-    from train.data.shapes import DIRECTIONS, OPPOSITE, turned
+    from train.shapes.world import DIRECTIONS, OPPOSITE, turned
 
     direction = OPPOSITE[DIRECTIONS[prompt.direction]]
     return prompt._replace(text=turned(prompt.text), direction=DIRECTIONS.index(direction))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shapes_judge import judge, summarize
 from benchmarks.shapes_sampling import ShapesModel
+from train.shapes.judge import judge, summarize
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan

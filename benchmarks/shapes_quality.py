@@ -53,13 +53,13 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
     Returns:
         the JSON report, and the contact sheet as PNG (None without a request).
     """
-    from benchmarks.shapes_data import first_frames, real_videos
     from benchmarks.shapes_examine import examine
     from benchmarks.shapes_frechet import diversity, frechet_distance, largest_differences
-    from benchmarks.shapes_judge import label_names
     from benchmarks.shapes_report import plain, table
     from benchmarks.shapes_sampling import ShapesModel
-    from train.data.shapes import heldout_prompts
+    from train.shapes.judge import label_names
+    from train.shapes.real_videos import first_frames, real_videos
+    from train.shapes.world import heldout_prompts
     from x2v_jax.media.pixels import to_uint8
 
     prompts = heldout_prompts(args.prompts, args.seed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.shapes_judge import Verdict
+from train.shapes.judge import Verdict
 
 _FRAMES = 9  # in a row of the sheet
 _GAP = 2

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.data.shapes_source import FirstFrameConditions, encode_frames
 from train.data.sources import Batch, Conditions
 from train.rollouts import BlockByBlock, velocity_of
+from train.shapes.source import FirstFrameConditions, encode_frames
 from x2v_jax.diffusion import step_distill, unipc
 from x2v_jax.diffusion.flow import guided_velocity
 from x2v_jax.diffusion.noise import initial_noise, step_noise

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from train.data import shapes
 from train.data.sources import Conditions, encode
 from train.pictures import save_grid
+from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.media.video import write_video
 from x2v_jax.models.functional import Params
@@ -23,7 +23,7 @@ _SHOWN = 12
 def evaluate_students(task: "Distillation", params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
     """Videos of config.evaluation as mp4 and PNG in `directory`/samples, and on Moving Shapes their scores."""
     settings = task.config.evaluation
-    prompts = shapes.heldout_prompts(settings.prompts, seed=1) if task.on_shapes else None
+    prompts = world.heldout_prompts(settings.prompts, seed=1) if task.on_shapes else None
     conditions, first_frames = _conditions(task, prompts, directory)
     count = len(conditions.text)
     parts = []
@@ -47,7 +47,7 @@ def shapes_scores(videos: np.ndarray, prompts: Any, first_frames: np.ndarray | N
         prompts: what each should show.
         first_frames: uint8 [N, H, W, 3], or None without images.
     """
-    from benchmarks.shapes_judge import score
+    from train.shapes.judge import score
 
     results = {k: v for k, v in score(to_uint8(videos), prompts).items() if isinstance(v, float)}
     if first_frames is not None:
@@ -65,8 +65,8 @@ def _conditions(task: "Distillation", prompts: Any, directory: pathlib.Path) -> 
     text = cache.embeddings(range(len(prompts)))
     if task.model_config.model_type != "i2v":
         return Conditions(text), None
-    from benchmarks.shapes_data import first_frames
-    from train.data.shapes_source import FirstFrameConditions, encode_frames
+    from train.shapes.real_videos import first_frames
+    from train.shapes.source import FirstFrameConditions, encode_frames
 
     frames = first_frames(prompts, seed=1)
     images = FirstFrameConditions(directory, encode_frames(task.teacher, frames), task.teacher)

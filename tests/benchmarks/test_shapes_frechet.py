@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from benchmarks import shapes_frechet as frechet
-from train.data import shapes
+from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 
 
 @pytest.fixture(scope="module")
 def real():
-    return to_uint8(np.asarray(jax.jit(shapes.render)(shapes.sample_scenes(jax.random.key(5), 160))))
+    return to_uint8(np.asarray(jax.jit(world.render)(world.sample_scenes(jax.random.key(5), 160))))
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import shapes_judge as judge
-from benchmarks.shapes_data import matching_scenes
-from train.data import shapes
+from train.shapes import judge, world
+from train.shapes.real_videos import matching_scenes
 from x2v_jax.media.pixels import to_uint8
 
 FRAMES = 33
@@ -64,12 +63,12 @@ RIGHT = ("red", "circle", "right")
 
 @pytest.fixture(scope="module")
 def real():
-    scenes = shapes.sample_scenes(jax.random.key(11), 320)
-    return to_uint8(np.asarray(jax.jit(shapes.render)(scenes))), scenes
+    scenes = world.sample_scenes(jax.random.key(11), 320)
+    return to_uint8(np.asarray(jax.jit(world.render)(scenes))), scenes
 
 
 def test_knows_the_words_of_the_world():
-    assert (judge.COLOURS, judge.SHAPES, judge.DIRECTIONS) == (shapes.COLOURS, shapes.SHAPES, shapes.DIRECTIONS)
+    assert (judge.COLOURS, judge.SHAPES, judge.DIRECTIONS) == (world.COLOURS, world.SHAPES, world.DIRECTIONS)
 
 
 def test_every_real_video_is_judged_right(real):
@@ -193,8 +192,8 @@ def test_smoothness_tells_an_even_path_from_a_jumping_one():
 
 
 def test_labels_come_in_many_forms():
-    prompt = shapes.Prompt("a blue square moves up", 2, 1, 2)
-    scene = shapes.sample_scenes(jax.random.key(0), 1)._replace(
+    prompt = world.Prompt("a blue square moves up", 2, 1, 2)
+    scene = world.sample_scenes(jax.random.key(0), 1)._replace(
         colour=np.array([2]), shape=np.array([1]), direction=np.array([2])
     )
     expected = [("blue", "square", "up")]
@@ -222,7 +221,7 @@ def test_wilson_interval_has_its_textbook_values():
 
 
 def test_real_videos_for_a_prompt_show_what_it_says():
-    prompts = shapes.heldout_prompts(60, seed=3)
+    prompts = world.heldout_prompts(60, seed=3)
     scenes = matching_scenes(prompts, seed=0)
     assert judge.label_names(scenes) == judge.label_names(prompts)
     small = [r for r, p in zip(scenes.radius, prompts, strict=True) if "small" in p.text.split()]

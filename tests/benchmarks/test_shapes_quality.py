@@ -12,10 +12,10 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks import shapes_quality
-from benchmarks.shapes_judge import Verdict
 from benchmarks.shapes_report import contact_sheet, sheet_rows, table
 from benchmarks.shapes_sampling import ShapesModel
-from train.data.shapes_tokenizer import TEXT_LEN, write_tokenizer
+from train.shapes.judge import Verdict
+from train.shapes.tokenizer import TEXT_LEN, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import flatten, split

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from train.data import shapes
 from train.data.images import ImageCache
 from train.data.lmdb_file import open_latents
 from train.data.order import epoch_rows
 from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
+from train.shapes import world
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 
@@ -110,7 +110,7 @@ def open_source(
     """
     with_images = checkpoint.task == "i2v"
     if config.prompts == SHAPES:
-        from train.data.shapes_source import shapes_source
+        from train.shapes.source import shapes_source
 
         return shapes_source(config, checkpoint, directory, with_images=with_images, with_latents=with_latents)
     images = latents = None
@@ -136,8 +136,8 @@ def shapes_prompts(count: int, seed: int) -> list[str]:
     """Training captions of `count` scenes; none of them is held out."""
     texts: list[str] = []
     for i in range(0, count, _SCENES_AT_ONCE):
-        scenes = shapes.sample_scenes(jax.random.fold_in(jax.random.key(seed), i), _SCENES_AT_ONCE)
-        texts += shapes.captions(scenes, seed=seed + i)
+        scenes = world.sample_scenes(jax.random.fold_in(jax.random.key(seed), i), _SCENES_AT_ONCE)
+        texts += world.captions(scenes, seed=seed + i)
     return texts[:count]
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.data.continuations import Continuations, open_continuations
-from train.data.shapes import turned
 from train.data.sources import Batch, Conditions
 from train.rollouts import sample_keys, velocity_of
+from train.shapes.world import turned
 from train.tasks.distillation import Distillation
 from x2v_jax.diffusion import dmd
 from x2v_jax.diffusion.flow import add_noise, velocity_target

@@ -16,8 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.data import shapes
-from train.data.shapes_latents import (
+from train.evaluation import shapes_scores
+from train.loop import SingleRoleTask
+from train.pictures import save_grid
+from train.references import relative_reference
+from train.shapes import world
+from train.shapes.latents import (
     CAPTIONS_PER_VIDEO,
     FirstFrames,
     ShapesLatents,
@@ -25,11 +29,7 @@ from train.data.shapes_latents import (
     encode_first_frames,
     encode_videos,
 )
-from train.data.shapes_tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
-from train.evaluation import shapes_scores
-from train.loop import SingleRoleTask
-from train.pictures import save_grid
-from train.references import relative_reference
+from train.shapes.tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
@@ -81,8 +81,8 @@ class FlowMatchingTask(SingleRoleTask):
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         vae = self.vae_config
-        frames = (shapes.NUM_FRAMES - 1) // vae.temporal_stride + 1
-        return frames, shapes.SIZE // vae.spatial_stride, shapes.SIZE // vae.spatial_stride, vae.z_dim
+        frames = (world.NUM_FRAMES - 1) // vae.temporal_stride + 1
+        return frames, world.SIZE // vae.spatial_stride, world.SIZE // vae.spatial_stride, vae.z_dim
 
     def init(self, key: jax.Array) -> dict[str, Params]:
         start = self.config.init_from
@@ -118,10 +118,10 @@ class FlowMatchingTask(SingleRoleTask):
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Prompt accuracy on unseen prompts, sampled with few steps to be quick."""
-        from benchmarks.shapes_data import first_frames
+        from train.shapes.real_videos import first_frames
 
         settings = self.config.evaluation
-        prompts = shapes.heldout_prompts(settings.prompts, seed=1)
+        prompts = world.heldout_prompts(settings.prompts, seed=1)
         frames = first_frames(prompts, seed=1) if self.with_image else None
         parts = []
         for i in range(0, len(prompts), 24):
@@ -171,9 +171,9 @@ class FlowMatchingTask(SingleRoleTask):
                 num_inference_steps=50,
                 shift=self.config.sampling_shift,
                 guidance_scale=self.config.guidance_scale,
-                height=shapes.SIZE,
-                width=shapes.SIZE,
-                num_frames=shapes.NUM_FRAMES,
+                height=world.SIZE,
+                width=world.SIZE,
+                num_frames=world.NUM_FRAMES,
             ),
             components=components,
             references=references,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.data import shapes
 from train.loop import SingleRoleTask
 from train.pictures import save_grid
+from train.shapes import world
 from x2v_jax.checkpoint.native.reader import save_native
 from x2v_jax.models.config import Schedule, VaeConfig
 from x2v_jax.models.functional import Params, abstract, flatten, merge, split
@@ -65,7 +65,7 @@ class VaeTask(SingleRoleTask):
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """PSNR of whole 33-frame videos, over all frames and over the last one (drift shows there)."""
         count = self.config.eval_videos
-        videos = shapes.render(shapes.sample_scenes(jax.random.key(12345), count))
+        videos = world.render(world.sample_scenes(jax.random.key(12345), count))
         decoded = jnp.concatenate([self._reconstruct(params, videos[i : i + 4]) for i in range(0, count, 4)])
         error = np.square(np.asarray(decoded - videos, np.float64))
         psnr = 10 * np.log10(4.0 / error.mean(axis=(1, 2, 3, 4))).mean()
@@ -79,7 +79,7 @@ class VaeTask(SingleRoleTask):
             self.vae_config, **latent_statistics(self.graphdef, params, self.config.seed, self.config.statistics_videos)
         )
         weights = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-        schedule = Schedule(height=shapes.SIZE, width=shapes.SIZE, num_frames=shapes.NUM_FRAMES)
+        schedule = Schedule(height=world.SIZE, width=world.SIZE, num_frames=world.NUM_FRAMES)
         save_native(
             path,
             task=None,
@@ -123,7 +123,7 @@ def latent_statistics(graphdef: Any, params: Params, seed: int, num_videos: int)
     """Mean and standard deviation of each latent channel over rendered videos."""
     encode = jax.jit(lambda params, video: merge(graphdef, params).moments(video)[0])
     latents = [
-        np.asarray(encode(params, shapes.render(shapes.sample_scenes(jax.random.key(seed + 7 + i), 8))))
+        np.asarray(encode(params, world.render(world.sample_scenes(jax.random.key(seed + 7 + i), 8))))
         for i in range(num_videos // 8)
     ]
     flat = np.concatenate(latents).reshape(-1, latents[0].shape[-1]).astype(np.float64)
@@ -133,8 +133,8 @@ def latent_statistics(graphdef: Any, params: Params, seed: int, num_videos: int)
 
 def _clips_impl(key: jax.Array, n: int, num_frames: int) -> jax.Array:
     scene_key, frame_key = jax.random.split(key)
-    first = jax.random.randint(frame_key, (n,), 0, shapes.NUM_FRAMES - num_frames + 1)
-    return shapes.render(shapes.sample_scenes(scene_key, n), num_frames, first)
+    first = jax.random.randint(frame_key, (n,), 0, world.NUM_FRAMES - num_frames + 1)
+    return world.render(world.sample_scenes(scene_key, n), num_frames, first)
 
 
 _clips = jax.jit(_clips_impl, static_argnums=(1, 2))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from train.data import shapes
+from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 
 _BATCH = 32
@@ -15,13 +15,13 @@ _BATCH = 32
 _POOL = 20_000
 
 
-def matching_scenes(prompts: Sequence[shapes.Prompt], seed: int) -> shapes.Scene:
+def matching_scenes(prompts: Sequence[world.Prompt], seed: int) -> world.Scene:
     """A scene for each prompt, of its colour, shape, direction and (where it is named) size; the rest is random.
 
     Fields are numpy arrays of shape [len(prompts)].
     """
-    pool = jax.tree.map(np.asarray, shapes.sample_scenes(jax.random.key(seed), max(_POOL, 100 * len(prompts))))
-    size = np.where(pool.radius < shapes.SMALL_BELOW, "small", np.where(pool.radius > shapes.BIG_ABOVE, "big", ""))
+    pool = jax.tree.map(np.asarray, world.sample_scenes(jax.random.key(seed), max(_POOL, 100 * len(prompts))))
+    size = np.where(pool.radius < world.SMALL_BELOW, "small", np.where(pool.radius > world.BIG_ABOVE, "big", ""))
     drawn: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for i, labels in enumerate(zip(pool.colour, pool.shape, pool.direction, strict=True)):
         drawn[tuple(map(int, labels))].append(i)  # pyright: ignore[reportArgumentType]
@@ -34,16 +34,16 @@ def matching_scenes(prompts: Sequence[shapes.Prompt], seed: int) -> shapes.Scene
     return jax.tree.map(lambda field: field[rows], pool)
 
 
-def real_videos(prompts: Sequence[shapes.Prompt], seed: int) -> Iterator[np.ndarray]:
+def real_videos(prompts: Sequence[world.Prompt], seed: int) -> Iterator[np.ndarray]:
     """Renders the matching scenes, a batch at a time: [up to 32, F, 64, 64, 3] in [-1, 1]."""
     scenes = matching_scenes(prompts, seed)
-    render = jax.jit(shapes.render)
+    render = jax.jit(world.render)
     for first in range(0, len(prompts), _BATCH):
         rows = np.minimum(np.arange(first, first + _BATCH), len(prompts) - 1)
         batch = render(jax.tree.map(lambda field, rows=rows: field[rows], scenes))
         yield np.asarray(batch)[: len(prompts) - first]
 
 
-def first_frames(prompts: Sequence[shapes.Prompt], seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
+def first_frames(prompts: Sequence[world.Prompt], seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
     """The first frames of `real_videos`, as a picture file would give them."""
     return np.concatenate([to_uint8(batch[:, 0]) for batch in real_videos(prompts, seed)])

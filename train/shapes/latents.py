@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from train.data import shapes
+from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.functional import Params
 
@@ -44,9 +44,9 @@ class FirstFrames(NamedTuple):
 def encode_videos(path: pathlib.Path, num_videos: int, seed: int, encode: Encode, vae: Params, tokenize: Tokenize):
     """The latents in `path` (npz), which are made if it does not exist. `num_videos` is a multiple of 8."""
 
-    def batch(i: int, scenes: shapes.Scene, video: jax.Array) -> tuple[np.ndarray, ...]:
+    def batch(i: int, scenes: world.Scene, video: jax.Array) -> tuple[np.ndarray, ...]:
         seeds = range(CAPTIONS_PER_VIDEO * i, CAPTIONS_PER_VIDEO * (i + 1))
-        texts = [tokenize(shapes.captions(scenes, seed=s)) for s in seeds]
+        texts = [tokenize(world.captions(scenes, seed=s)) for s in seeds]
         ids, mask = (np.stack([text[part] for text in texts], axis=1) for part in (0, 1))
         return np.asarray(encode(vae, video)), ids, mask
 
@@ -56,7 +56,7 @@ def encode_videos(path: pathlib.Path, num_videos: int, seed: int, encode: Encode
 def encode_first_frames(path: pathlib.Path, num_videos: int, seed: int, encode: Encode, vae: Params) -> FirstFrames:
     """The first frames of the same videos as `encode_videos` gives, made if `path` does not exist."""
 
-    def batch(i: int, scenes: shapes.Scene, video: jax.Array) -> tuple[np.ndarray, ...]:
+    def batch(i: int, scenes: world.Scene, video: jax.Array) -> tuple[np.ndarray, ...]:
         # As a picture file would give it: 256 levels.
         frames = to_uint8(np.asarray(video[:, 0]))
         return frames, np.asarray(encode(vae, condition_videos(frames)), np.float16)
@@ -64,14 +64,14 @@ def encode_first_frames(path: pathlib.Path, num_videos: int, seed: int, encode: 
     return FirstFrames(*_stored(path, ("frames", "latents"), num_videos, seed, batch, "encoding first frames"))
 
 
-def scenes_of(seed: int, batch: int) -> shapes.Scene:
+def scenes_of(seed: int, batch: int) -> world.Scene:
     """The scenes of videos 8 * batch to 8 * batch + 7."""
-    return shapes.sample_scenes(jax.random.fold_in(jax.random.key(seed + _SEED_OFFSET), batch), _ENCODE_BATCH)
+    return world.sample_scenes(jax.random.fold_in(jax.random.key(seed + _SEED_OFFSET), batch), _ENCODE_BATCH)
 
 
 def condition_videos(frames: np.ndarray) -> np.ndarray:
     """Pictures uint8 [N, 64, 64, 3] -> the videos that the VAE encodes as conditions, the rest of them grey."""
-    video = np.zeros((len(frames), shapes.NUM_FRAMES, *frames.shape[1:]), np.float32)
+    video = np.zeros((len(frames), world.NUM_FRAMES, *frames.shape[1:]), np.float32)
     video[:, 0] = frames.astype(np.float32) / 127.5 - 1.0
     return video
 
@@ -92,4 +92,4 @@ def _stored(
         return [stored[name] for name in names]
 
 
-_render = jax.jit(shapes.render)
+_render = jax.jit(world.render)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train.data import shapes
-from train.data.shapes_latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from train.data.sources import Source, encode, shapes_prompts
+from train.shapes import world
+from train.shapes.latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
 from x2v_jax.models.clip import ClipVisionTower
@@ -94,7 +94,7 @@ def video_captions(count: int, seed: int) -> list[str]:
     """One caption for each of the videos that `shapes_latents` renders for this seed."""
     texts: list[str] = []
     for i in range(-(-count // 8)):
-        texts += shapes.captions(scenes_of(seed, i), seed=seed + i)
+        texts += world.captions(scenes_of(seed, i), seed=seed + i)
     return texts[:count]
 
 
