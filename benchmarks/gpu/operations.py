@@ -1,6 +1,6 @@
 """The large operations at a shape: functions, arguments as shapes, and random data for them.
 
-Compilation without a GPU (`benchmarks.aot_kernels`) and the measurements on one take the same functions.
+Compilation without a GPU (`benchmarks.aot.kernels`) and the measurements on one take the same functions.
 """
 
 import functools

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from benchmarks import aot_compare, aot_compiler, aot_kernels
-from benchmarks.aot_compiler import Kernel, read_log
+from benchmarks.aot import compare, compiler
+from benchmarks.aot import kernels as aot_kernels
+from benchmarks.aot.compiler import Kernel, read_log
 from benchmarks.gpu import shapes
 from x2v_jax.ops.linear_8bit.config import config_for
 
@@ -79,13 +80,13 @@ def test_new_and_lost_cases_are_told():
 def test_numbers_may_differ_by_their_share():
     near = {"peak": 0.01}
     row, committed = {"case": "a", "peak": 1009}, {"case": "a", "peak": 1000}
-    assert aot_compare.compare([row], [committed], near=near) == []
-    assert aot_compare.compare([{**row, "peak": 1011}], [committed], near=near) == ["a: peak was 1,000, is 1,011"]
+    assert compare.compare([row], [committed], near=near) == []
+    assert compare.compare([{**row, "peak": 1011}], [committed], near=near) == ["a: peak was 1,000, is 1,011"]
 
 
 def test_new_rows_replace_those_of_their_case_and_lost_cases_leave():
     before = [{"case": "a", "n": 1}, {"case": "b", "n": 2}, {"case": "gone", "n": 3}]
-    assert aot_compare.merged(before, [{"case": "b", "n": 4}, {"case": "c", "n": 5}], ["a", "b", "c"]) == [
+    assert compare.merged(before, [{"case": "b", "n": 4}, {"case": "c", "n": 5}], ["a", "b", "c"]) == [
         {"case": "a", "n": 1},
         {"case": "b", "n": 4},
         {"case": "c", "n": 5},
@@ -93,9 +94,9 @@ def test_new_rows_replace_those_of_their_case_and_lost_cases_leave():
 
 
 def test_no_case_of_a_name_is_no_success(monkeypatch, capsys):
-    monkeypatch.setattr(aot_compiler, "Compiler", lambda tools: None)
-    options = aot_compare.parser("x", "y", aot_kernels.TABLE).parse_args(["--only", "nonsense"])
-    assert aot_compare.run(options, {"a": 1}, lambda *_: {}, str, lambda *_: []) == 2
+    monkeypatch.setattr(compiler, "Compiler", lambda tools: None)
+    options = compare.parser("x", "y", aot_kernels.TABLE).parse_args(["--only", "nonsense"])
+    assert compare.run(options, {"a": 1}, lambda *_: {}, str, lambda *_: []) == 2
     assert "--only nonsense: no case has this in its name; there are a" in capsys.readouterr().err
 
 
@@ -111,14 +112,14 @@ def test_a_tool_is_found_in_an_unpacked_wheel(tmp_path: pathlib.Path):
     tool.parent.mkdir(parents=True)
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
-    assert aot_compiler.find_tool("nvdisasm", (tmp_path,)) == tool
+    assert compiler.find_tool("nvdisasm", (tmp_path,)) == tool
 
 
 def test_no_kernel_of_the_committed_table_spills_or_is_too_large():
     table = json.loads(aot_kernels.TABLE.read_text())
-    assert aot_compare.spills(table["cases"]) == []
+    assert compare.spills(table["cases"]) == []
     kernels = [kernel for row in table["cases"] for kernel in row["kernels"]]
-    assert max(kernel["shared_memory"] for kernel in kernels) <= aot_compiler.SHARED_MEMORY_LIMIT
+    assert max(kernel["shared_memory"] for kernel in kernels) <= compiler.SHARED_MEMORY_LIMIT
 
 
 # What a linear layer's kernel has where the tiles of its shape are for clusters.
@@ -158,7 +159,7 @@ NO_WHEELS = "the CUDA compiler wheels are not installed (pip install jax-cuda13-
 @pytest.mark.skipif(not WHEELS and importlib.util.find_spec("jax_plugins") is None, reason=NO_WHEELS)
 @pytest.mark.parametrize("only", ["attention 1.3B chunk, 480P cache, int8", "linear 1.3B output chunk, int8"])
 def test_what_is_compiled_is_as_committed(only: str):
-    command = [sys.executable, "-m", "benchmarks.aot_kernels", f"--only={only}"]
+    command = [sys.executable, "-m", "benchmarks.aot.kernels", f"--only={only}"]
     command += [f"--wheels={WHEELS}"] if WHEELS else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,8 @@ import json
 import pathlib
 import sys
 
-from benchmarks import aot_memory
-from benchmarks.hlo import Made, arrays_made
+from benchmarks.aot import memory
+from benchmarks.aot.hlo import Made, arrays_made
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "aot_memory.json"
@@ -48,7 +48,7 @@ def test_without_the_wheels_it_says_what_to_install(tmp_path: pathlib.Path, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     output = tmp_path / "table.json"
-    assert aot_memory.main([f"--wheels={tmp_path}", f"--output={output}"]) == 1
+    assert memory.main([f"--wheels={tmp_path}", f"--output={output}"]) == 1
     assert "Install jax-cuda13-plugin and jax-cuda13-pjrt" in capsys.readouterr().err
     assert not output.exists()
 

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from benchmarks import aot_kernels, aot_sampler, aot_tables
-from benchmarks.aot_launches import count_launches
-from benchmarks.aot_sampler_program import latent_shape, sampler_program
+from benchmarks.aot import kernels as aot_kernels
+from benchmarks.aot import sampler, tables
+from benchmarks.aot.launches import count_launches
+from benchmarks.aot.sampler_program import latent_shape, sampler_program
 from benchmarks.documents import part
 from x2v_jax.models.config import WanConfig
 
@@ -72,13 +73,13 @@ def _row(peak: int) -> dict:
 
 
 def test_more_memory_than_committed_is_told():
-    assert aot_sampler.judge([_row(1000)], [_row(1000)]) == []
-    assert aot_sampler.judge([_row(1100)], [_row(1000)]) == ["a: peak was 1,000, is 1,100"]
+    assert sampler.judge([_row(1000)], [_row(1000)]) == []
+    assert sampler.judge([_row(1100)], [_row(1000)]) == ["a: peak was 1,000, is 1,100"]
 
 
 def test_the_document_says_what_the_committed_tables_say():
-    kernels, samplers = (json.loads(m.TABLE.read_text())["cases"] for m in (aot_kernels, aot_sampler))
-    assert part(aot_tables.DOCUMENT.read_text(), aot_tables.PART) == aot_tables.markdown(kernels, samplers)
+    kernels, samplers = (json.loads(m.TABLE.read_text())["cases"] for m in (aot_kernels, sampler))
+    assert part(tables.DOCUMENT.read_text(), tables.PART) == tables.markdown(kernels, samplers)
 
 
 WHEELS = os.environ.get("X2V_CUDA_WHEELS", "")
@@ -87,7 +88,7 @@ NO_WHEELS = "the CUDA compiler wheels are not installed (pip install jax-cuda13-
 
 @pytest.mark.skipif(not WHEELS and importlib.util.find_spec("jax_plugins") is None, reason=NO_WHEELS)
 def test_what_is_compiled_is_as_committed():
-    command = [sys.executable, "-m", "benchmarks.aot_sampler", "--only=T2V-1.3B 480P, bf16 weights"]
+    command = [sys.executable, "-m", "benchmarks.aot.sampler", "--only=T2V-1.3B 480P, bf16 weights"]
     command += [f"--wheels={WHEELS}"] if WHEELS else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

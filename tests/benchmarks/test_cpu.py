@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import cpu, cpu_cases
+from benchmarks.speed import cpu, cpu_cases
 
 _TINY = {
     "dit": cpu_cases.TransformerCase(dim=24, ffn_dim=32, num_heads=2, text_len=4, text_dim=8, latents=(1, 4, 4, 16))

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from benchmarks import error_table
 from benchmarks.documents import part
-from benchmarks.error_table_ops import ATTENTION, LINEAR, attention_error, linear_error
-from benchmarks.error_table_plot import plot
-from benchmarks.error_table_record import ATTENTIONS, MATRICES, Recording, listening
-from benchmarks.error_table_smooth import kept_rows, smoothed_case, smoothed_cases
-from benchmarks.error_table_videos import fill, psnr
+from benchmarks.errors import table
+from benchmarks.errors.ops import ATTENTION, LINEAR, attention_error, linear_error
+from benchmarks.errors.plot import plot
+from benchmarks.errors.record import ATTENTIONS, MATRICES, Recording, listening
+from benchmarks.errors.smooth import kept_rows, smoothed_case, smoothed_cases
+from benchmarks.errors.videos import fill, psnr
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.checkpoint.quantize.smoothing import smoothing_factors
@@ -141,8 +141,8 @@ def _video(variant: str, right: float) -> dict:
 
 def test_more_than_a_point_below_bfloat16_is_too_inaccurate():
     rows = [_video("float32", 1.0), _video("bfloat16", 0.99), _video("int8", 0.98), _video("fp8", 0.975)]
-    assert error_table.too_inaccurate(rows) == ["fp8: 97.5% right, bfloat16 99.0%"]
-    assert error_table.too_inaccurate(rows[2:]) == []
+    assert table.too_inaccurate(rows) == ["fp8: 97.5% right, bfloat16 99.0%"]
+    assert table.too_inaccurate(rows[2:]) == []
 
 
 def _operation(operation: str, kind: str, median: float, worst: float, cases: int) -> dict:
@@ -151,22 +151,22 @@ def _operation(operation: str, kind: str, median: float, worst: float, cases: in
 
 def test_tables_have_an_empty_cell_for_what_was_not_measured(tmp_path):
     rows = [_operation("linear", "recorded", 0.01, 0.02, 3), _operation("KV cache", "normal", 0.03, 0.03, 1)]
-    text = error_table.operations_table(rows)
+    text = table.operations_table(rows)
     assert "| linear, int8 | 1.00% / 2.00% |  |" in text and "| KV cache, int8 |  | 3.00% |" in text
-    assert "| int8 | 99.0% of 200 | 97.0% – 99.0% |  |  |" in error_table.videos_table([_video("int8", 0.99)])
+    assert "| int8 | 99.0% of 200 | 97.0% – 99.0% |  |  |" in table.videos_table([_video("int8", 0.99)])
     plot(rows, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 1000
 
 
 def test_the_document_says_what_the_committed_numbers_say():
-    document, report = error_table.DOCUMENT.read_text(), json.loads(error_table.DEFAULT_OUTPUT.read_text())
-    assert part(document, error_table.OPERATIONS_PART) == error_table.operations_table(report["operations"])
-    assert part(document, error_table.VIDEOS_PART) == error_table.videos_table(report["videos"])
-    assert error_table.too_inaccurate(report["videos"]) == []
+    document, report = table.DOCUMENT.read_text(), json.loads(table.DEFAULT_OUTPUT.read_text())
+    assert part(document, table.OPERATIONS_PART) == table.operations_table(report["operations"])
+    assert part(document, table.VIDEOS_PART) == table.videos_table(report["videos"])
+    assert table.too_inaccurate(report["videos"]) == []
 
 
 def test_attention_of_the_committed_numbers_is_within_the_aims():
-    rows = json.loads(error_table.DEFAULT_OUTPUT.read_text())["operations"]
+    rows = json.loads(table.DEFAULT_OUTPUT.read_text())["operations"]
     recorded = {row["precision"]: row for row in rows if (row["operation"], row["data"]) == ("attention", "recorded")}
     assert recorded["int8"]["median"] < 0.03 and recorded["e4m3_all"]["median"] < 0.06

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from benchmarks import parity
-from benchmarks.reference_cases.case import DEFAULT_CASES, Case
-from benchmarks.reference_cases.measure import Measurement
+from benchmarks.errors import parity
+from tests.reference.cases_lib.case import DEFAULT_CASES, Case
+from tests.reference.cases_lib.measure import Measurement
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.reference_cases.case import DEFAULT_CASES, Case, find_cases
-from benchmarks.reference_cases.measure import Measurement, measure, relative_error
-from benchmarks.reference_cases.registry import KINDS, LATER_KINDS, UnknownKind
+from tests.reference.cases_lib.case import DEFAULT_CASES, Case, find_cases
+from tests.reference.cases_lib.measure import Measurement, measure, relative_error
+from tests.reference.cases_lib.registry import KINDS, LATER_KINDS, UnknownKind
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import shapes_frechet as frechet
+from benchmarks.tiny_world import frechet
 from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 

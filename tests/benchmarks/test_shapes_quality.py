@@ -1,4 +1,4 @@
-"""`python -m benchmarks.shapes_quality` on a small random checkpoint."""
+"""`python -m benchmarks.tiny_world.quality` on a small random checkpoint."""
 
 import dataclasses
 import io
@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from benchmarks import shapes_quality
-from benchmarks.shapes_report import contact_sheet, sheet_rows, table
-from benchmarks.shapes_sampling import ShapesModel
+from benchmarks.tiny_world import quality
+from benchmarks.tiny_world.report import contact_sheet, sheet_rows, table
+from benchmarks.tiny_world.sampling import ShapesModel
 from train.shapes.judge import Verdict
 from train.shapes.tokenizer import TEXT_LEN, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
@@ -93,7 +93,7 @@ def test_the_command_measures_and_writes_a_report_that_repeats(checkpoint_path, 
         str(out),
     ]
     # Real videos are 64 pixels wide with 33 frames; the random model's need not be.
-    assert shapes_quality.main(args) == 0
+    assert quality.main(args) == 0
     printed = capsys.readouterr().out
     assert "generated" in printed and "reconstructions" in printed and "Fréchet" in printed
     report = json.loads(out.read_text())
@@ -106,7 +106,7 @@ def test_the_command_measures_and_writes_a_report_that_repeats(checkpoint_path, 
     assert report["versions"]["jax"] and report["date"] and "--prompts 5" in report["command"]
     assert len(report["checkpoint"]["sha256"]) == 3
     assert Image.open(out.with_suffix(".png")).height == 5 * 34
-    assert shapes_quality.main(args) == 0
+    assert quality.main(args) == 0
     again = json.loads(out.read_text())
     assert again["videos"] == report["videos"] and again["results"] == report["results"]
 
@@ -114,7 +114,7 @@ def test_the_command_measures_and_writes_a_report_that_repeats(checkpoint_path, 
 def test_the_judge_is_measured_without_a_checkpoint(tmp_path, capsys):
     out = tmp_path / "judge.json"
     args = ["--judge-only", "--prompts", "4", "--quiet", "--out", str(out), "--checkpoint", str(tmp_path / "none")]
-    assert shapes_quality.main(args) == 0
+    assert quality.main(args) == 0
     assert set(json.loads(out.read_text())["results"]) == {"real"}
     assert not out.with_suffix(".png").exists()
     assert "reconstructions are left out" in capsys.readouterr().err
@@ -133,13 +133,13 @@ def test_the_judge_is_measured_without_a_checkpoint(tmp_path, capsys):
 )
 def test_mistakes_are_told_in_a_sentence(checkpoint_path, capsys, args, message):
     given = ["--checkpoint", str(checkpoint_path / "base"), "--quiet", *args]
-    assert shapes_quality.main(given) == 2
+    assert quality.main(given) == 2
     assert message in capsys.readouterr().err
 
 
 def test_guidance_on_a_distilled_checkpoint_is_refused(checkpoint_path, capsys):
     args = ["--checkpoint", str(checkpoint_path / "distill"), "--guidance", "3", "--quiet"]
-    assert shapes_quality.main(args) == 2
+    assert quality.main(args) == 2
     assert "guidance_scale is 3" in capsys.readouterr().err
 
 

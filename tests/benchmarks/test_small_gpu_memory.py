@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import small_gpu_memory
+from benchmarks.aot import small_gpu_memory
 from benchmarks.documents import part
 from x2v_jax.memory import predict
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.hlo import arrays_made
+from benchmarks.aot.hlo import arrays_made
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.models.config import WanConfig

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.reference_cases.case import DEFAULT_CASES, find_cases
+from tests.reference.cases_lib.case import DEFAULT_CASES, find_cases
 
 _PROPERTY = "reference_rows"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.reference_cases.case import Case
-from benchmarks.reference_cases.measure import measure
-from benchmarks.reference_cases.registry import LATER_KINDS
+from tests.reference.cases_lib.case import Case
+from tests.reference.cases_lib.measure import measure
+from tests.reference.cases_lib.registry import LATER_KINDS
 
 
 def test_case(case_path, record_rows, request):

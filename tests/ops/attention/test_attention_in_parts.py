@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.hlo import arrays_made
+from benchmarks.aot.hlo import arrays_made
 from x2v_jax.ops.attention import attention, attention_in_parts, in_parts
 
 LAYER, HEADS, DIM = 1, 4, 8
