@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from configs.flags import nearest
-from configs.inference import inference_config
+from x2v_jax.config.flags import nearest
+from x2v_jax.config.inference import inference_config
 from x2v_jax.errors import UserError
 
 # LightX2V's key -> ours, where the value means the same.

@@ -7,8 +7,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line and returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     # Imported here, so that Ctrl-C during the imports ends as quietly as later.
     try:
-        from configs.flags import HelpAsked
         from infer import cli
+        from x2v_jax.config.flags import HelpAsked
         from x2v_jax.errors import UserError
     except KeyboardInterrupt:
         return 130

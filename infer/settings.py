@@ -8,10 +8,10 @@ import tempfile
 import warnings
 from typing import Any
 
-from configs import flags
-from configs.inference import KEYS, LENGTHS, inference_config
 from x2v_jax.checkpoint.lora.merge import parse_lora_argument
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
+from x2v_jax.config import flags
+from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
 from x2v_jax.errors import UserError
 from x2v_jax.generate.block_inputs import read_inputs
 from x2v_jax.media import tensor_files

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import tiny_models
 
-from configs import flags
-from configs.inference import KEYS, inference_config
 from infer.__main__ import main
 from infer.outputs import free_path
 from infer.settings import _slug
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_safetensors
 from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
+from x2v_jax.config import flags
+from x2v_jax.config.inference import KEYS, inference_config
 from x2v_jax.errors import UserError
 from x2v_jax.media.video import read_frames, read_metadata, write_video
 from x2v_jax.request.request import Request

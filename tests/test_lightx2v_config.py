@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from configs.flags import load_config
 from configs.lightx2v import read_json, strip_comments, translate
 from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
+from x2v_jax.config.flags import load_config
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request.request import Request, resolve

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from configs.flags import HelpAsked, Option, help_text, parse
+from x2v_jax.config.flags import HelpAsked, Option, help_text, parse
 from x2v_jax.errors import UserError
 
 _USAGE = """usage: python -m train --config=configs/shapes/base.py [--config.KEY=VALUE ...]

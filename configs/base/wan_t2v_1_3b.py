@@ -5,7 +5,7 @@ Time: not measured at full size.
 Result: 100 network passes; the published model's quality, against which distilled ones are compared.
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

@@ -26,7 +26,7 @@ Result: a video of 14 seconds at 16 frames a second, which can be watched while 
 Command: python -m infer --config=configs/causvid/wan_t2v_causvid.py --config.prompt="…"
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

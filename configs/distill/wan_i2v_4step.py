@@ -9,7 +9,7 @@ Time: not measured at full size.
 Result: one network pass a step, 4 in all; a video of 5 seconds at 16 frames a second.
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

@@ -7,7 +7,7 @@ Time: not measured at full size.
 Result: as wan_i2v_4step, a little weaker, because the LoRA is a rank-64 part of that change of the weights.
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

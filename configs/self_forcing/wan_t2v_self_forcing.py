@@ -15,7 +15,7 @@ Result: a video of 5 seconds at 16 frames a second, which can be watched while i
 Command: python -m infer --config=configs/self_forcing/wan_t2v_self_forcing.py --config.prompt="…"
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

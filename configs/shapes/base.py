@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.training import phase, training_config
+from x2v_jax.config.training import phase, training_config
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ Result: an mp4 in outputs/ that begins with the picture (64x64, such as docs/ima
 prompt says. Other pictures are resized; the model knows shapes on plain backgrounds only.
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

@@ -4,7 +4,7 @@ Hardware: any CPU or GPU, under 2 GB of memory.
 Result: as `i2v.py`'s.
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

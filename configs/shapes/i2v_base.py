@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.shapes import base
-from configs.training import phase
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

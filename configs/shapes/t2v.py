@@ -4,7 +4,7 @@ Hardware: any CPU or GPU, under 2 GB of memory.
 Result: an mp4 in outputs/ whose shape, colour and direction are those of the prompt ("a red circle moves left").
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

@@ -10,7 +10,7 @@ prompt ("a red circle moves left").
 Command: python -m infer --config=configs/shapes/t2v_causal.py --config.seconds=20
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

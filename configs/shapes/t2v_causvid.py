@@ -6,7 +6,7 @@ Result: an mp4 in outputs/ whose shape, colour and direction are those of the pr
 Command: python -m infer --config=configs/shapes/t2v_causvid.py --config.num_fragments=2
 """
 
-from configs.inference import inference_config
+from x2v_jax.config.inference import inference_config
 
 
 def get_config():

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.distillation import distillation_config, on_shapes
+from x2v_jax.config.distillation import distillation_config, on_shapes
 
 
 def get_config() -> ConfigDict:

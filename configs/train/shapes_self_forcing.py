@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from configs.distillation import dmd_config, on_shapes
-from configs.training import phase
+from x2v_jax.config.distillation import dmd_config, on_shapes
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

@@ -7,8 +7,8 @@ Pairs: of configs/train/wan_ode_pairs.py with the same student_schedule, or impo
 
 from ml_collections import ConfigDict
 
-from configs.distillation import distillation_config
-from configs.training import phase
+from x2v_jax.config.distillation import distillation_config
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

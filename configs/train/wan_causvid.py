@@ -8,8 +8,8 @@ Latents: the cache that `python -m train.prepare videos` (or `lmdb`) made. CausV
 
 from ml_collections import ConfigDict
 
-from configs.distillation import dmd_config
-from configs.training import phase
+from x2v_jax.config.distillation import dmd_config
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

@@ -11,8 +11,8 @@ The global batch is 64 on any number of devices that divides it; `--config.accum
 
 from ml_collections import ConfigDict
 
-from configs.distillation import dmd_config
-from configs.training import phase
+from x2v_jax.config.distillation import dmd_config
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ from config.student_schedule, so that the states lie where the student is traine
 
 from ml_collections import ConfigDict
 
-from configs.distillation import distillation_config
+from x2v_jax.config.distillation import distillation_config
 
 
 def get_config() -> ConfigDict:

@@ -9,8 +9,8 @@ settings are the published recipe (its guidance_scale 3 is real_guidance_scale 4
 
 from ml_collections import ConfigDict
 
-from configs.distillation import dmd_config
-from configs.training import phase
+from x2v_jax.config.distillation import dmd_config
+from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from configs.train import shapes_causal_ode_init, shapes_causvid, shapes_i2v_dmd, shapes_ode_pairs
 from configs.train import shapes_self_forcing as self_forcing
 from configs.train import shapes_t2v_dmd as t2v_dmd
-from configs.training import phase
 from train.cli import main
 from train.data.sources import Batch
 from train.data.trajectories import TrajectoryCache
@@ -24,6 +23,7 @@ from train.tasks.ode_pairs import OdePairs, trajectory_grid
 from train.tasks.ode_regression import OdeRegressionTask
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.config.training import phase
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import flatten

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs.training import phase, training_config
 from train.loop import SingleRoleTask, Stopped, load_ema, train
+from x2v_jax.config.training import phase, training_config
 from x2v_jax.errors import UserError
 
 

@@ -10,13 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.shapes import base, vae
-from configs.training import phase
 from train.cli import main
 from train.loop import train
 from train.tasks.flow_matching import FlowMatchingTask
 from train.tasks.vae import VaeTask, inflate_start
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.native.reader import open_checkpoint
+from x2v_jax.config.training import phase
 from x2v_jax.errors import UserError
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.training import phase, training_config
 from train.loop import train
+from x2v_jax.config.training import phase, training_config
 
 SIZE = 256  # large enough that matrices are split over devices
 

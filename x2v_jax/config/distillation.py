@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.training import training_config
+from x2v_jax.config.training import training_config
 
 
 def distillation_config(task: str, run_dir: str) -> ConfigDict:

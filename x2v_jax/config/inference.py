@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.flags import Key, make_config
+from x2v_jax.config.flags import Key, make_config
 
 # A default that is a type means: None unless set, and then the checkpoint's own schedule decides.
 KEYS = (
