@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from x2v_jax import __version__
+from x2v_jax.shipped import VERSION
 
 
 def circumstances(module: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def circumstances(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "versions": {
-            "x2v-jax": __version__,
+            "x2v-jax": VERSION,
             "jax": jax.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import x2v_jax
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.quantize.calibration import Calibration, check_destination, write_calibration
 from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request.resolve import resolve
+from x2v_jax.shipped import VERSION
 
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
@@ -151,7 +152,7 @@ def about(checkpoint: NativeCheckpoint, requests: Sequence[Request]) -> dict[str
         "prompts_sha256": hashlib.sha256("\n".join(request.prompt for request in requests).encode()).hexdigest(),
         "size": f"{first.num_frames} frames of {first.width} x {first.height}",
         "seed": str(first.seed),
-        "x2v_jax": x2v_jax.__version__,
+        "x2v_jax": VERSION,
     }
 
 

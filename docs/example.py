@@ -4,7 +4,7 @@ import pathlib
 
 from x2v_jax import Pipeline, UserError
 from x2v_jax.media.video import read_metadata, write_video
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 OUTPUTS = pathlib.Path("outputs/example")
 

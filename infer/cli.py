@@ -124,12 +124,12 @@ def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> 
 
 
 def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: int) -> None:
-    from x2v_jax.memory import predict
+    from x2v_jax.memory import device
 
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     count = f"{videos} videos" if videos > 1 else "1 video"
     print(
-        f"{count} in {total:.1f} s ({parts}); peak memory {predict.peak_bytes() / 1e9:.2f} GB, "
+        f"{count} in {total:.1f} s ({parts}); peak memory {device.peak_bytes() / 1e9:.2f} GB, "
         f"predicted {predicted / 1e9:.2f} GB",
         file=sys.stderr,
     )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from x2v_jax.memory import predict
+from x2v_jax.memory import device
 
 # Between two lines where there is no terminal on which one line could be kept up to date.
 _SECONDS_APART = 5.0
@@ -56,7 +56,7 @@ class LiveLine:
         else:
             speed = (self._frames - self._first[1]) / max(now - self._first[0], 1e-9)
         ahead = self._frames / self._fps - (now - self._first[0])
-        text = f"{speed:.1f} frames/s, {ahead:+.1f} s ahead of real time, {predict.peak_bytes() / 1e9:.2f} GB"
+        text = f"{speed:.1f} frames/s, {ahead:+.1f} s ahead of real time, {device.peak_bytes() / 1e9:.2f} GB"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()

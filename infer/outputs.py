@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-import x2v_jax
 from infer.settings import Job, Settings, checkpoint_digest
 from x2v_jax.media.video import write_video
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
+from x2v_jax.shipped import VERSION
 
 # Keys that do not belong to the video but to the run or the machine.
 _LEFT_OUT = (
@@ -28,7 +28,7 @@ def metadata(work: Settings, job: Job) -> dict[str, Any]:
     config["lora"] = work.loras
     return {
         "program": "x2v-jax",
-        "version": x2v_jax.__version__,
+        "version": VERSION,
         "config": config,
         "model_sha256": checkpoint_digest(work.checkpoint),
         "inputs": work.inputs,

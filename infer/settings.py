@@ -16,8 +16,9 @@ from x2v_jax.errors import UserError
 from x2v_jax.generate.block_inputs import read_inputs
 from x2v_jax.media import tensor_files
 from x2v_jax.media.image import load_image
+from x2v_jax.request import Request
 from x2v_jax.request import options as run_options
-from x2v_jax.request.request import Request, latent_shape, resolve
+from x2v_jax.request.resolve import latent_shape, resolve
 
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infer import start
 from infer.interrupts import Interrupts
 from infer.settings import Settings, options
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline

@@ -15,7 +15,7 @@ from convert.__main__ import main
 from x2v_jax.checkpoint.conversion import stream
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.native.reader import open_checkpoint
-from x2v_jax.checkpoint.published import export, layouts
+from x2v_jax.checkpoint.published import export
 from x2v_jax.checkpoint.quantize import eight_bit
 from x2v_jax.errors import UserError
 
@@ -126,7 +126,7 @@ def test_a_polite_kill_removes_what_is_unfinished(tmp_path):
 import sys, time
 from x2v_jax.checkpoint import native_writer
 write = native_writer.write_model_json
-import x2v_jax.checkpoint.convert as convert
+import x2v_jax.checkpoint.conversion.convert as convert
 def slow(*args, **kwargs):
     print("x", flush=True)
     time.sleep(60)
@@ -142,7 +142,7 @@ sys.exit(main(["wan", {str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}]))
 
 
 def test_the_choices_are_those_of_the_library():
-    assert arguments.VARIANTS == layouts.VARIANTS
+    assert arguments.VARIANTS == VARIANTS
     assert arguments.COMPONENTS == wan.COMPONENTS
     assert ("keep", *stream.DTYPES) == arguments.DTYPES
     assert arguments.LAYOUTS == export.LAYOUTS

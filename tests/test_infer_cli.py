@@ -25,7 +25,7 @@ from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS, inference_config
 from x2v_jax.errors import UserError
 from x2v_jax.media.video import read_frames, read_metadata, write_video
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -263,7 +263,7 @@ def test_loras_are_merged_and_accounted_for(base: pathlib.Path, capsys: pytest.C
 
 def test_own_config_files_work(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     pathlib.Path("mine.py").write_text(
-        "from configs.inference import inference_config\n"
+        "from x2v_jax.config.inference import inference_config\n"
         "def get_config(prompt):\n"
         f"    return inference_config(checkpoint={str(checkpoint)!r}, prompt=prompt, num_frames=1, output='mine.mp4')\n"
     )

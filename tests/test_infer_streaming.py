@@ -115,7 +115,7 @@ def test_a_length_on_the_command_line_replaces_that_of_the_config(
     checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
     pathlib.Path("mine.py").write_text(
-        "from configs.inference import inference_config\n"
+        "from x2v_jax.config.inference import inference_config\n"
         "def get_config():\n"
         f"    return inference_config(checkpoint={str(checkpoint)!r}, prompt='a red circle', output='v.mp4',\n"
         "        rollout_mode='fragments', rollout_window=4, num_blocks=2, num_fragments=2, num_frame_per_block=2,\n"

@@ -14,7 +14,8 @@ from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
 from x2v_jax.config.flags import load_config
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import VaeConfig, WanConfig
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request import Request
+from x2v_jax.request.resolve import resolve
 
 # configs/distill/wan_t2v_distill_4step_cfg.json
 DISTILL = {
@@ -202,5 +203,5 @@ def test_the_file_must_be_named():
 
 
 def test_it_is_read_without_jax():
-    code = "import sys; from configs.flags import load_config; import configs.lightx2v; sys.exit('jax' in sys.modules)"
+    code = "import sys, configs.lightx2v; from x2v_jax.config.flags import load_config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

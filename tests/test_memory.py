@@ -19,13 +19,14 @@ from x2v_jax.models import functional
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
+from x2v_jax.request.options import DTYPES
 
 
 def test_the_predicted_weights_are_those_that_are_loaded(tmp_path: pathlib.Path):
     path = tiny_models.write_checkpoint(tmp_path / "i2v", image=True)
     picture = np.zeros((32, 48, 3), np.uint8)
-    for dtype in predict.DTYPES:
+    for dtype in DTYPES:
         pipeline = Pipeline.from_checkpoint(path, dtype=dtype)
         plan = pipeline.plan(pipeline.resolve(Request("a red circle", image=picture)))
         assert set(plan.phases) == {"text", "image", "denoise", "vae"} and plan.peak == max(plan.phases.values())

@@ -15,8 +15,9 @@ from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.memory import predict
 from x2v_jax.memory.need import Needs
 from x2v_jax.models.config import VaeConfig, WanConfig
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request.resolve import resolve
 
 
 @pytest.fixture(scope="module")

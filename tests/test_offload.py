@@ -9,7 +9,7 @@ import tiny_models
 
 from x2v_jax import Pipeline
 from x2v_jax.models import functional
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 
 @pytest.mark.parametrize("kind", ["distilled", "base", "causal", "image"])

@@ -19,7 +19,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.models import functional
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 PROMPT = "a red circle moves left"
 LATENTS = (2, 4, 6, 16)

@@ -12,7 +12,8 @@ import pytest
 
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
-from x2v_jax.request.request import Request, latent_shape, resolve
+from x2v_jax.request import Request
+from x2v_jax.request.resolve import latent_shape, resolve
 
 BASE = Schedule(num_inference_steps=50, shift=8.0, guidance_scale=6.0, negative_prompt="ugly")
 DISTILLED = Schedule(

@@ -11,8 +11,9 @@ import pytest
 
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
+from x2v_jax.request import Request
 from x2v_jax.request.causal import rollout_plan
-from x2v_jax.request.request import Request, latent_shape, resolve
+from x2v_jax.request.resolve import latent_shape, resolve
 
 STEPS = (1000, 750, 500, 250)
 SLIDING = Schedule(

@@ -21,7 +21,7 @@ from x2v_jax.generate.vae import StreamDecoder
 from x2v_jax.media import tensor_files
 from x2v_jax.media.video import write_video
 from x2v_jax.models.config import CausalSchedule
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 PROMPT = "a red circle moves left"
 PICTURE = np.random.default_rng(5).integers(0, 255, (32, 48, 3), np.uint8)

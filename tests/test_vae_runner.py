@@ -59,7 +59,7 @@ def test_auto_stays_within_what_it_may_take(vae: Network, monkeypatch: pytest.Mo
     monkeypatch.setattr(vae_memory, "WHOLE_LIMIT", 0)
     assert VaeRunner(vae).decode_method((3, 64, 64)) == "stream"
     assert VaeRunner(vae, available=1000).decode_method((3, 64, 64)) == "tiled"
-    monkeypatch.setattr("x2v_jax.memory.predict.device_bytes_free", lambda: 1000)
+    monkeypatch.setattr("x2v_jax.memory.device.device_bytes_free", lambda: 1000)
     assert VaeRunner(vae, available=1 << 40).decode_method((3, 64, 64)) == "tiled"
 
 

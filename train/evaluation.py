@@ -1,26 +1,44 @@
 """Looks at a student while it is trained: the same prompts and seeds every time."""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from train.data.sources import Conditions, encode
+from train.data.sources import Conditions, Source, encode
 from train.pictures import save_grid
 from train.shapes import world
+from train.shapes.judge import score
+from train.shapes.real_videos import first_frames as real_first_frames
+from train.shapes.source import FirstFrameConditions, encode_frames
+from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.media.video import write_video
+from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params
-
-if TYPE_CHECKING:
-    from train.tasks.distillation import Distillation
 
 _AT_ONCE = 24
 _SHOWN = 12
 
 
-def evaluate_students(task: "Distillation", params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
+class Student(Protocol):
+    """What is looked at: a distillation task, as far as looking needs it."""
+
+    config: Any
+    teacher: NativeCheckpoint
+    model_config: WanConfig
+
+    @property
+    def on_shapes(self) -> bool: ...
+    @property
+    def source(self) -> Source: ...
+    def sample(self, params: Params, conditions: Conditions, keys: jax.Array) -> jax.Array: ...
+    @property
+    def decode(self) -> Any: ...
+
+
+def evaluate_students(task: Student, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
     """Videos of config.evaluation as mp4 and PNG in `directory`/samples, and on Moving Shapes their scores."""
     settings = task.config.evaluation
     prompts = world.heldout_prompts(settings.prompts, seed=1) if task.on_shapes else None
@@ -47,8 +65,6 @@ def shapes_scores(videos: np.ndarray, prompts: Any, first_frames: np.ndarray | N
         prompts: what each should show.
         first_frames: uint8 [N, H, W, 3], or None without images.
     """
-    from train.shapes.judge import score
-
     results = {k: v for k, v in score(to_uint8(videos), prompts).items() if isinstance(v, float)}
     if first_frames is not None:
         error = np.square(videos[:, 0].astype(np.float64) - (first_frames / 127.5 - 1.0))
@@ -56,7 +72,7 @@ def shapes_scores(videos: np.ndarray, prompts: Any, first_frames: np.ndarray | N
     return results
 
 
-def _conditions(task: "Distillation", prompts: Any, directory: pathlib.Path) -> tuple[Conditions, np.ndarray | None]:
+def _conditions(task: Student, prompts: Any, directory: pathlib.Path) -> tuple[Conditions, np.ndarray | None]:
     if prompts is None:
         # Images come with the prompts that they were prepared with.
         rows = range(min(task.config.evaluation.prompts, len(task.source)))
@@ -65,10 +81,7 @@ def _conditions(task: "Distillation", prompts: Any, directory: pathlib.Path) -> 
     text = cache.embeddings(range(len(prompts)))
     if task.model_config.model_type != "i2v":
         return Conditions(text), None
-    from train.shapes.real_videos import first_frames
-    from train.shapes.source import FirstFrameConditions, encode_frames
-
-    frames = first_frames(prompts, seed=1)
+    frames = real_first_frames(prompts, seed=1)
     images = FirstFrameConditions(directory, encode_frames(task.teacher, frames), task.teacher)
     rows = np.arange(len(prompts))
     return Conditions(text, images.conditions(rows), images.features(rows)), frames

@@ -19,7 +19,7 @@ from train.logs import Log
 from train.optimizers import learning_rate_schedule, make_optimizer
 from train.state import Averaging, TrainState, init_state, make_update
 from x2v_jax.errors import UserError
-from x2v_jax.memory.predict import peak_bytes
+from x2v_jax.memory.device import peak_bytes
 from x2v_jax.models.functional import Params, parameter_count
 from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
 

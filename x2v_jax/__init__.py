@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING
 
 from x2v_jax.errors import UserError
+from x2v_jax.shipped import VERSION
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Pipeline", "UserError", "__version__"]
 
 

@@ -26,9 +26,10 @@ from x2v_jax.generate.denoise import OnStep
 from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
 from x2v_jax.media import tensor_files
-from x2v_jax.memory import advice, need, predict
+from x2v_jax.memory import advice, device, need, predict
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request.resolve import resolve
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -150,7 +151,7 @@ class Pipeline:
         """
         needs = self._memory(request)
         plan, limit = needs.plan(), self.options.memory_limit_bytes
-        advice.check(plan, predict.device_bytes_free(), predict.device_bytes(), limit, needs.explain)
+        advice.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
         return plan
 
     def prepare(self, requests: Sequence[Request]) -> float:
@@ -223,7 +224,7 @@ class Pipeline:
                 parts.network("vae").load()
             with clock("vae"):
                 frames = parts.vae.decode(latents)
-        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, predict.peak_bytes())
+        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, device.peak_bytes())
 
     def _generate_blocks(self, request: Request, on_step: OnStep | None) -> Result:
         if request.endless:
@@ -232,7 +233,7 @@ class Pipeline:
             )
         inputs = self._inputs(request)
         frames, latents, seconds = collect(self._stream_blocks(request, inputs), inputs, on_step)
-        return Result(frames, latents, request, seconds, self.plan(request), predict.peak_bytes())
+        return Result(frames, latents, request, seconds, self.plan(request), device.peak_bytes())
 
     def _stream_blocks(self, request: Request, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
@@ -258,7 +259,7 @@ class Pipeline:
         return read_inputs(request, self.checkpoint, allow_mismatch=self.options.allow_mismatch)
 
     def _explained(self, request: Request) -> contextlib.AbstractContextManager[None]:
-        return advice.explained(lambda: self._memory(request).explain(predict.device_bytes()))
+        return advice.explained(lambda: self._memory(request).explain(device.device_bytes()))
 
     def _memory(self, request: Request) -> need.Needs:
         return need.Needs(
@@ -268,5 +269,5 @@ class Pipeline:
             request,
             self.options,
             on_cpu=jax.default_backend() == "cpu",
-            available=self.options.memory_limit_bytes or predict.device_bytes(),
+            available=self.options.memory_limit_bytes or device.device_bytes(),
         )

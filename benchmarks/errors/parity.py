@@ -30,8 +30,8 @@ through this project's conversion tables and the same inputs through its network
 without reduced-precision matmuls. The error is `‖ours − recorded‖ / ‖recorded‖` over all elements of an output; 1e-7 is
 the rounding of float32.
 
-This page is made by `python -m benchmarks.errors.parity`; `pytest tests/reference` holds every case to its tolerance, and
-`pytest tests/reference --reference-cases DIR` does so for any folder of such cases.
+This page is made by `python -m benchmarks.errors.parity`; `pytest tests/reference` holds every case to its tolerance,
+and `pytest tests/reference --reference-cases DIR` does so for any folder of such cases.
 """
 
 

@@ -79,7 +79,8 @@ def record_sampling(checkpoint: Any, prompts: Sequence[str], seed: int = 0) -> R
     """A step-distilled text-to-video checkpoint's numbers while it samples the prompts, together, in float32."""
     from benchmarks.tiny_world.sampling import ShapesModel, make_sampler
     from train.data.sources import Conditions
-    from x2v_jax.request.request import Request, latent_shape, resolve
+    from x2v_jax.request import Request
+    from x2v_jax.request.resolve import latent_shape, resolve
 
     model = ShapesModel(checkpoint, "float32", ("transformer", "text_encoder"))
     request = resolve(Request(prompt="-", seed=seed), checkpoint)

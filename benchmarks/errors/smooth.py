@@ -15,8 +15,9 @@ from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.quantize.calibration import Calibration, write_calibration
 from x2v_jax.checkpoint.quantize.smoothing import ALPHA, smoothing_factors
 from x2v_jax.models.functional import Params
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request.resolve import resolve
 
 PROMPTS = 16
 _WORDS = {"int8": "int8", "float8_e4m3fn": "fp8"}

@@ -105,7 +105,8 @@ def video_rows(
     from benchmarks.tiny_world.examine import examine
     from train.shapes.judge import label_names
     from train.shapes.world import heldout_prompts
-    from x2v_jax.request.request import Request, resolve
+    from x2v_jax.request import Request
+    from x2v_jax.request.resolve import resolve
 
     prompts = heldout_prompts(count, seed)
     wanted, texts = label_names(prompts), [prompt.text for prompt in prompts]

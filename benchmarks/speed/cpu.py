@@ -1,7 +1,7 @@
 """How fast the networks run on CPU in float32, beside diffusers on the same cores.
 
     python -m benchmarks.speed.cpu                                           # ours alone
-    python -m benchmarks.speed.cpu --other-python=torch-env/bin/python       # both in the same run (see cpu_diffusers.py)
+    python -m benchmarks.speed.cpu --other-python=torch-env/bin/python   # both in one run (see cpu_diffusers.py)
     python -m benchmarks.speed.cpu --other=other.json                        # beside timings taken earlier
 
 Cases: the transformer (1.3B block shapes, two blocks, 4096 tokens) and VAE decoding (full size, nine frames of

@@ -1,8 +1,8 @@
-"""The other side of benchmarks.speed.cpu: diffusers on PyTorch, in an environment of its own (this project needs neither).
+"""The other side of benchmarks.speed.cpu: diffusers on PyTorch, in an environment of its own (we need neither).
 
     python -m venv torch-env && torch-env/bin/pip install torch diffusers
     python -m benchmarks.speed.cpu --other-python=torch-env/bin/python    # both, run by run in turn
-    torch-env/bin/python -m benchmarks.speed.cpu_diffusers > other.json   # or alone, for benchmarks.speed.cpu --other=other.json
+    torch-env/bin/python -m benchmarks.speed.cpu_diffusers > other.json   # or alone, for --other=other.json
 
 Random weights, float32, no gradients, PyTorch's default number of threads.
 """
@@ -65,7 +65,9 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=sorted(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each case")
-    parser.add_argument("--serve", action="store_true", help="take orders on standard input (benchmarks.cpu does this)")
+    parser.add_argument(
+        "--serve", action="store_true", help="take orders on standard input (benchmarks.speed.cpu does this)"
+    )
     arguments = parser.parse_args()
     if arguments.serve:
         # Whatever a library prints goes to standard error: standard output carries the answers.

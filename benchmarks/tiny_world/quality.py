@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.circumstances import circumstances
 from x2v_jax.errors import UserError
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request import Request
+from x2v_jax.request.resolve import resolve
 
 if TYPE_CHECKING:
     from benchmarks.tiny_world.examine import Examined

@@ -22,18 +22,18 @@ from x2v_jax.diffusion.noise import initial_noise, step_noise
 from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, abstract, merge
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request.request import Request, as_config, latent_shape
+from x2v_jax.request import Request
+from x2v_jax.request.resolve import latent_shape
 
 _KINDS = {
-    "transformer": (WanModel, WanConfig),
-    "text_encoder": (Umt5Encoder, Umt5Config),
-    "vae": (WanVae, VaeConfig),
-    "image_encoder": (ClipVisionTower, ClipConfig),
+    "transformer": WanModel,
+    "text_encoder": Umt5Encoder,
+    "vae": WanVae,
+    "image_encoder": ClipVisionTower,
 }
 
 
@@ -68,7 +68,7 @@ class ShapesModel:
         return self._graphs[name]
 
     def config(self, name: str) -> Any:
-        return as_config(_KINDS[name][1], self.checkpoint.config(name))
+        return self.checkpoint.config(name)
 
     def generate(
         self, prompts: Sequence[str], request: Request, batch_size: int, frames: np.ndarray | None = None
@@ -106,7 +106,7 @@ class ShapesModel:
 
     def encode_text(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> float32 [N, text_len, text_dim], zero past each prompt's end."""
-        text_len = as_config(WanConfig, self.checkpoint.config("transformer")).text_len
+        text_len = self.checkpoint.config("transformer").text_len
         ids, mask = Tokenizer.from_file(self.checkpoint.tokenizer_file(), text_len)(list(prompts))
         return self._encode_text(self._params["text_encoder"], ids, mask)
 
@@ -205,6 +205,4 @@ def _batches(count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def _graph(name: str, config: Any, dtype: str) -> nnx.GraphDef:
-    module, config_class = _KINDS[name]
-    sizes = as_config(config_class, config)
-    return abstract(lambda: module(sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))[0]
+    return abstract(lambda: _KINDS[name](config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))[0]

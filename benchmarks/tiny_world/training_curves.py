@@ -1,6 +1,6 @@
 """Draws what trainings measured while they ran: prompt accuracy and losses over the steps.
 
-    python -m benchmarks.tiny_world.training_curves runs/shapes_t2v_dmd runs/shapes_self_forcing --out outputs/curves.png
+    python -m benchmarks.tiny_world.training_curves runs/shapes_t2v_dmd runs/shapes_causvid --out outputs/curves.png
 
 Reads the log.jsonl of run directories, or such files themselves.
 """

@@ -16,7 +16,7 @@ _TINY = {
 # Speaks the same lines as cpu_diffusers --serve, without torch.
 _FAKE = """
 import sys, time
-from benchmarks.cpu_cases import serve
+from benchmarks.speed.cpu_cases import serve
 serve(lambda case: lambda: time.sleep(0.002), {"name": "fake", "versions": {}}, sys.stdin, sys.stdout)
 """
 

@@ -23,7 +23,8 @@ from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.pipeline import Pipeline
-from x2v_jax.request.request import Request, resolve
+from x2v_jax.request import Request
+from x2v_jax.request.resolve import resolve
 
 PROMPTS = ["a red circle moves left", "the blue square slides up", "one green triangle drifts down"]
 
@@ -146,7 +147,7 @@ def test_guidance_on_a_distilled_checkpoint_is_refused(checkpoint_path, capsys):
 def test_help_needs_no_jax():
     code = (
         "import sys; sys.modules['jax'] = None\n"
-        "from benchmarks.shapes_quality import main\n"
+        "from benchmarks.tiny_world.quality import main\n"
         "assert main(['--seed', '-1']) == 2\n"
         "main(['--help'])"
     )

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS
 
+from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.names.wan import native_shapes
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
-from x2v_jax.checkpoint.native.writer import Streamed, complete_folder, write_component
+from x2v_jax.checkpoint.native.writer import complete_folder, write_component
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import ml_dtypes
 import numpy as np
 
-from x2v_jax.checkpoint.published.shards import read_json
+from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.errors import UserError
 
 FORMAT = "x2v-jax-cache"

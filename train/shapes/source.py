@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train.data.sources import Source, encode, shapes_prompts
+from train.data.sources import Source, encode
 from train.shapes import world
 from train.shapes.latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
@@ -16,7 +16,7 @@ from x2v_jax.models.clip import ClipVisionTower
 from x2v_jax.models.functional import abstract, merge
 from x2v_jax.models.vae import WanVae
 
-_IMAGES_AT_ONCE = 32
+_IMAGES_AT_ONCE, _SCENES_AT_ONCE = 32, 256
 
 
 class _Latents:
@@ -109,3 +109,12 @@ def image_features(checkpoint: NativeCheckpoint, frames: np.ndarray) -> np.ndarr
         pixels = np.stack([clip_pixels(frame, config.image_size) for frame in frames[i : i + _IMAGES_AT_ONCE]])
         parts.append(np.asarray(run(params, pixels)))
     return np.concatenate(parts)
+
+
+def shapes_prompts(count: int, seed: int) -> list[str]:
+    """Training captions of `count` scenes; none of them is held out."""
+    texts: list[str] = []
+    for i in range(0, count, _SCENES_AT_ONCE):
+        scenes = world.sample_scenes(jax.random.fold_in(jax.random.key(seed), i), _SCENES_AT_ONCE)
+        texts += world.captions(scenes, seed=seed + i)
+    return texts[:count]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.data.sources import SHAPES, Batch, Conditions, Source, open_source
+from train.data.open_source import open_source
+from train.data.sources import SHAPES, Batch, Conditions, Source
 from train.evaluation import evaluate_students
 from train.lora import LoraConfig, apply_lora, init_lora
 from train.references import relative_reference

@@ -29,6 +29,7 @@ from train.shapes.latents import (
     encode_first_frames,
     encode_videos,
 )
+from train.shapes.real_videos import first_frames
 from train.shapes.tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
@@ -118,8 +119,6 @@ class FlowMatchingTask(SingleRoleTask):
 
     def evaluate(self, params: Params, step: int, directory: pathlib.Path) -> dict[str, float]:
         """Prompt accuracy on unseen prompts, sampled with few steps to be quick."""
-        from train.shapes.real_videos import first_frames
-
         settings = self.config.evaluation
         prompts = world.heldout_prompts(settings.prompts, seed=1)
         frames = first_frames(prompts, seed=1) if self.with_image else None

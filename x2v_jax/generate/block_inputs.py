@@ -10,14 +10,11 @@ from x2v_jax.errors import UserError
 from x2v_jax.generate import earlier_video
 from x2v_jax.media.image import load_image
 from x2v_jax.media.tensor_files import BlockNoise
-from x2v_jax.memory import predict
-from x2v_jax.models.config import CausalSchedule, VaeConfig
 from x2v_jax.request import causal as request_rollout
-from x2v_jax.request.fields import as_config
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-    from x2v_jax.request.request import Request
+    from x2v_jax.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,7 @@ def read_inputs(request: "Request", checkpoint: "NativeCheckpoint", *, allow_mis
         raise UserError(f"{checkpoint.path} does not make videos block by block; use a causal checkpoint")
     assert request.height and request.width  # resolved
     plan = request_rollout.rollout_plan(request, causal)
-    vae = as_config(VaeConfig, checkpoint.config("vae"))
+    vae = checkpoint.config("vae")
     header = earlier_video.header(checkpoint, plan, request.height, request.width)
     new = request_rollout.new_latent_frames(request, checkpoint)
     picture = earlier = None
@@ -96,23 +93,3 @@ def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
         return picture
     image: Any = Image.fromarray(picture)
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-
-
-def block_sizes(request: "Request", causal: CausalSchedule | None, dtype: str) -> predict.BlockSizes | None:
-    """What a resolved request's memory depends on; None where the video is made as a whole.
-
-    Args:
-        dtype: of the run.
-    """
-    if causal is None:
-        return None
-    assert request.num_frame_per_block and request.rollout_window  # resolved
-    encoded = 0
-    if request.image is not None:
-        encoded = 1 if causal.independent_first_frame else request.num_frame_per_block
-    elif request.continue_from is not None and not earlier_video.holds_latents(request.continue_from):
-        encoded = request.rollout_window
-    # Where positions are relative the sink moves on, from a second copy of its keys.
-    originals = (request.rollout_sink or 0) if request.rollout_positions == "relative" else 0
-    kv_cache = request.kv_cache or dtype
-    return predict.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)

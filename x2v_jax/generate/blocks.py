@@ -29,8 +29,8 @@ from x2v_jax.generate.programs import Program
 from x2v_jax.generate.vae import StreamDecoder, VaeRunner
 from x2v_jax.media.latents_file import LatentsFile
 from x2v_jax.models.functional import Params
+from x2v_jax.request import Request
 from x2v_jax.request.causal import pixel_frames
-from x2v_jax.request.request import Request
 
 Given = Float[Array, "1 f h w c"]
 
@@ -43,8 +43,8 @@ class Block:
     index: from 0, in this video.
     seconds: the device's time for "denoise" and "vae"; in the first block compiling is part of it, and what came before
         is there too: "load", "text", "image".
-    state: what a file of latents that ends with this block says about itself. `media.tensor_files.write_latents` with the
-        latents of all blocks so far and this state makes a file that `continue_from` takes.
+    state: what a file of latents that ends with this block says about itself. `media.tensor_files.write_latents` with
+        the latents of all blocks so far and this state makes a file that `continue_from` takes.
     """
 
     frames: np.ndarray

@@ -18,8 +18,9 @@ from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.media import tensor_files
 from x2v_jax.ops import support
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request, latent_shape
+from x2v_jax.request.resolve import latent_shape
 
 
 class Parts:

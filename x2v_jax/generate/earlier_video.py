@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,9 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
-from x2v_jax.memory import vae as vae_memory
+from x2v_jax.media.latents_file import holds_latents
 from x2v_jax.models.config import VaeConfig
+from x2v_jax.models.vae_reach import decoder_reach
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint
@@ -92,12 +92,7 @@ def given_frames(plan: RolloutPlan, available: int, wanted: int | None) -> int:
 
 def tail_frames(plan: RolloutPlan, vae: VaeConfig) -> int:
     """Latent frames of an earlier video that can matter: the network's window, and what the VAE's decoder recalls."""
-    return max(plan.window - plan.block, vae_memory.decoder_reach(vae) + 1)
-
-
-def holds_latents(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is latents by its name, and else a video."""
-    return pathlib.Path(path).suffix.lower() == ".safetensors"
+    return max(plan.window - plan.block, decoder_reach(vae) + 1)
 
 
 def read(

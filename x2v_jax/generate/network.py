@@ -19,19 +19,17 @@ from x2v_jax.checkpoint.quantize.eight_bit import quantization_of
 from x2v_jax.memory.predict import device_dtype
 from x2v_jax.models import functional
 from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.host_blocks import with_blocks_on_host
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
-from x2v_jax.request.fields import as_config
 
-_NETWORKS: Mapping[str, tuple[type, Callable[..., Any]]] = {
-    "transformer": (WanConfig, WanModel),
-    "vae": (VaeConfig, WanVae),
-    "text_encoder": (Umt5Config, Umt5Encoder),
-    "image_encoder": (ClipConfig, ClipVisionTower),
+_NETWORKS: Mapping[str, Callable[..., Any]] = {
+    "transformer": WanModel,
+    "vae": WanVae,
+    "text_encoder": Umt5Encoder,
+    "image_encoder": ClipVisionTower,
 }
 
 # A file, or a file and the strength that it is merged with.
@@ -64,9 +62,9 @@ class Network:
         ops: OpChoice = DEFAULT_OPS,
         blocks_on_host: bool = False,
     ):
-        config_class, make = _NETWORKS[component]
+        make = _NETWORKS[component]
         self.component = component
-        self.config = as_config(config_class, config)
+        self.config = config
         self.quantization = quantization = quantization or quantization_of(tensors)
         self._tensors = tensors
         self.dtype = vae_dtype if component == "vae" else dtype

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.media.pixels import to_uint8
-from x2v_jax.memory import predict
+from x2v_jax.memory import device
 from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models import functional
 from x2v_jax.models.vae_tiling import TILE, decode_tiled
@@ -131,7 +131,7 @@ class VaeRunner:
         return self.method == "tiled" or (self.method == "auto" and free is not None and needed > free)
 
     def _free(self) -> int | None:
-        free = predict.device_bytes_free()
+        free = device.device_bytes_free()
         return free if self._available is None or (free is not None and free < self._available) else self._available
 
     def _merge(self, params: functional.Params) -> Any:

@@ -14,7 +14,7 @@ from x2v_jax.generate.components import Parts
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep
 from x2v_jax.generate.programs import Program
 from x2v_jax.media import tensor_files
-from x2v_jax.request.request import Request
+from x2v_jax.request import Request
 
 _pin_first_frame = jax.jit(image_condition.pin_first_frame, donate_argnums=(0,))
 

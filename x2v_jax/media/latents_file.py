@@ -82,3 +82,8 @@ class LatentsFile:
 
     def _refusal(self, error: OSError) -> UserError:
         return UserError(f"save_latents: {self._path} cannot be written: {error.strerror}; choose another place")
+
+
+def holds_latents(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is latents by its name, and else a video."""
+    return pathlib.Path(path).suffix.lower() == ".safetensors"

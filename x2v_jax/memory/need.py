@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.generate.block_inputs import block_sizes
+from x2v_jax.media.latents_file import holds_latents
 from x2v_jax.memory import advice, predict
 from x2v_jax.memory.advice import Change
+from x2v_jax.models.config import CausalSchedule
+from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.request import Request
 
 # Latent rows and columns that every Wan2.1 model makes: 480 x 832 pixels.
 _SMALL = (60, 104)
@@ -93,3 +94,23 @@ class Needs:
 
     def _blocks(self) -> predict.BlockSizes | None:
         return block_sizes(self.request, self.checkpoint.schedule.causal, self.options.dtype)
+
+
+def block_sizes(request: Request, causal: CausalSchedule | None, dtype: str) -> predict.BlockSizes | None:
+    """What a resolved request's memory depends on; None where the video is made as a whole.
+
+    Args:
+        dtype: of the run.
+    """
+    if causal is None:
+        return None
+    assert request.num_frame_per_block and request.rollout_window  # resolved
+    encoded = 0
+    if request.image is not None:
+        encoded = 1 if causal.independent_first_frame else request.num_frame_per_block
+    elif request.continue_from is not None and not holds_latents(request.continue_from):
+        encoded = request.rollout_window
+    # Where positions are relative the sink moves on, from a second copy of its keys.
+    originals = (request.rollout_sink or 0) if request.rollout_positions == "relative" else 0
+    kv_cache = request.kv_cache or dtype
+    return predict.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)

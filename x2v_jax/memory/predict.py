@@ -6,7 +6,6 @@ programs (`tests/test_memory.py` holds the prediction against such reports); the
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,8 +16,6 @@ from x2v_jax.errors import UserError
 from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models.config import ClipConfig, Umt5Config, WanConfig
 
-DTYPES = ("bfloat16", "float32")
-OFFLOADS = ("none", "blocks")
 # Attention without a fused kernel makes scores in chunks of at most this size.
 _MAX_SCORES = 1 << 28
 # What the process takes on a CPU without any model: Python, jax, compiling.
@@ -279,30 +276,6 @@ def clip_bytes(config: ClipConfig, size: int) -> int:
     return tokens * config.dim * (12 + 6 * size) + config.num_heads * tokens * tokens * 8
 
 
-def peak_bytes() -> int:
-    """The most memory held so far: on a GPU by jax on the first device, on a CPU by this process."""
-    statistics = _device_statistics()
-    if "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
-
-
-def device_bytes_free() -> int | None:
-    """Bytes that the first device could still give; None where that is not known, as on CPU."""
-    statistics = _device_statistics()
-    if "bytes_limit" not in statistics:
-        return None
-    return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-
-
-def device_bytes() -> int | None:
-    """Bytes that jax may take of the first device; None where that is not known, as on CPU."""
-    return _device_statistics().get("bytes_limit")
-
-
 def _less(available: int | None, parts: Mapping[str, int]) -> int | None:
     return None if available is None else available - sum(parts.values())
 
@@ -313,9 +286,3 @@ def _itemsize(dtype: str) -> int:
 
 def _at_most_float32(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype.itemsize > 4 else dtype
-
-
-def _device_statistics() -> dict[str, int]:
-    import jax
-
-    return jax.local_devices()[0].memory_stats() or {}

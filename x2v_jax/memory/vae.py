@@ -3,14 +3,12 @@
 Activations are estimated with factors that were fitted to what XLA reports for compiled programs.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
 
 from x2v_jax.models.config import VaeConfig
+from x2v_jax.models.vae_reach import decoder_caches
 from x2v_jax.models.vae_tiling import TILE
 
-DECODE_METHODS = ("auto", "whole", "stream", "tiled")
 # The VAE works in pieces where the whole would take more activations than this.
 WHOLE_LIMIT = 1 << 30
 # Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches.
@@ -36,12 +34,7 @@ def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str, size: i
 def decoder_cache_bytes(config: VaeConfig, latents: Sequence[int], size: int = 4) -> int:
     """What the VAE's decoder keeps from one chunk of frames to the next. latents: frames, height, width."""
     pixels = latents[1] * latents[2]
-    return sum(size * 2 * channels * pixels * scale**2 for channels, _, scale in _decoder_caches(config))
-
-
-def decoder_reach(config: VaeConfig) -> int:
-    """How many latent frames before a frame have an influence on how it is decoded."""
-    return math.ceil(sum(2 / rate for _, rate, _ in _decoder_caches(config)))
+    return sum(size * 2 * channels * pixels * scale**2 for channels, _, scale in decoder_caches(config))
 
 
 def encode_bytes(config: VaeConfig, latents: Sequence[int], method: str = "whole", size: int = 4) -> int:
@@ -61,22 +54,6 @@ def decode_method(config: VaeConfig, latents: Sequence[int], free: int | None, s
     if decode_bytes(config, latents, "whole", size) <= WHOLE_LIMIT:
         return "whole"
     return "tiled" if free is not None and decode_bytes(config, latents, "stream", size) > free else "stream"
-
-
-def _decoder_caches(config: VaeConfig) -> list[tuple[int, int, int]]:
-    """(channels, frames a latent frame, pixels a latent's side) of each convolution in time, which keeps two frames."""
-    widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    rate = scale = 1
-    caches = [(config.z_dim, 1, 1)] + [(widths[0], 1, 1)] * 4
-    for i, (width, out) in enumerate(itertools.pairwise(widths)):
-        first = width if i == 0 else width // 2
-        caches += [(first, rate, scale)] + [(out, rate, scale)] * (2 * config.num_res_blocks + 1)
-        if i < len(config.dim_mult) - 1:
-            if config.temporal_downsample[-1 - i]:
-                caches.append((out, rate, scale))
-                rate *= 2
-            scale *= 2
-    return [*caches, (widths[-1], rate, scale)]
 
 
 def _picture_bytes(config: VaeConfig, height: int, width: int, size: int) -> int:

@@ -192,3 +192,6 @@ class Schedule(_FromDict):
     @property
     def is_distilled(self) -> bool:
         return self.denoising_step_list is not None
+
+
+VARIANTS = ("base", "distill", "causvid", "self_forcing")

@@ -7,17 +7,15 @@ the frames that a continuation adds are 4 for each latent frame.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from x2v_jax.diffusion.rollout_plan import Mode, Positions, RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.models.causal import MAX_FRAMES
-from x2v_jax.models.config import CausalSchedule, VaeConfig, WanConfig
-from x2v_jax.request.fields import as_config, choice_problems, real_problems, whole_problems
-
-if TYPE_CHECKING:
-    from x2v_jax.request.checks import Model
-    from x2v_jax.request.request import Request
+from x2v_jax.models.config import CausalSchedule
+from x2v_jax.request.fields import choice_problems, real_problems, whole_problems
+from x2v_jax.request.model import Model
+from x2v_jax.request.request import Request
 
 # How `Request.context_noise` says that there is no clean pass.
 NO_CONTEXT_PASS = -1.0
@@ -31,12 +29,12 @@ _FIELDS = (
 _MOST = 1 << 20
 
 
-def given_fields(request: "Request") -> list[str]:
+def given_fields(request: Request) -> list[str]:
     """Names of the fields that only block-by-block models have and that this request sets."""
     return [name for name in _FIELDS if getattr(request, name) not in (None, False, ())]
 
 
-def type_problems(request: "Request") -> list[str]:
+def type_problems(request: Request) -> list[str]:
     """Types and ranges that hold for every model."""
     problems = [
         *choice_problems(request, "rollout_mode", get_args(Mode)),
@@ -82,7 +80,7 @@ def _schedule_problems(schedule: Any) -> list[str]:
     return []
 
 
-def whole_video_problems(request: "Request") -> list[str]:
+def whole_video_problems(request: Request) -> list[str]:
     """Fields of block-by-block models, asked of a checkpoint that makes the video whole."""
     names = given_fields(request)
     if not names:
@@ -95,7 +93,7 @@ def whole_video_problems(request: "Request") -> list[str]:
     ]
 
 
-def conflict_problems(request: "Request", model: "Model", causal: CausalSchedule, allow_mismatch: bool) -> list[str]:
+def conflict_problems(request: Request, model: Model, causal: CausalSchedule, allow_mismatch: bool) -> list[str]:
     """Fields of `request`, as it was given, that exclude each other or contradict what the model was trained for."""
     problems = []
     if model.task == "i2v":
@@ -136,7 +134,7 @@ def conflict_problems(request: "Request", model: "Model", causal: CausalSchedule
     return problems
 
 
-def fill(request: "Request", model: "Model", causal: CausalSchedule) -> "Request":
+def fill(request: Request, model: Model, causal: CausalSchedule) -> Request:
     """The block-by-block fields without None. `request` has its other fields filled, but num_frames as it was given."""
     block = request.num_frame_per_block or causal.block
     mode: Any = request.rollout_mode or causal.mode
@@ -162,12 +160,12 @@ def fill(request: "Request", model: "Model", causal: CausalSchedule) -> "Request
     return dataclasses.replace(filled, num_frames=_num_frames(filled, model, causal))
 
 
-def settled(request: "Request") -> "Request":
+def settled(request: Request) -> Request:
     """A checked request without the fields that num_frames, rollout_window and the size say already."""
     return dataclasses.replace(request, seconds=None, **dict.fromkeys(_SAID_OTHERWISE))
 
 
-def _num_frames(request: "Request", model: "Model", causal: CausalSchedule) -> int | None:
+def _num_frames(request: Request, model: Model, causal: CausalSchedule) -> int | None:
     if request.endless or request.num_frames is not None:
         return request.num_frames
     assert request.fps and request.num_frame_per_block and request.rollout_window  # filled
@@ -197,7 +195,7 @@ def pixel_frames(latent_frames: int, stride: int, *, follows: bool) -> int:
     return stride * latent_frames if follows or not latent_frames else stride * (latent_frames - 1) + 1
 
 
-def new_latent_frames(request: "Request", model: "Model") -> int | None:
+def new_latent_frames(request: Request, model: Model) -> int | None:
     """Latent frames of the video that a resolved request gives; None where it is endless."""
     if request.num_frames is None:
         return None
@@ -205,7 +203,7 @@ def new_latent_frames(request: "Request", model: "Model") -> int | None:
     return request.num_frames // stride if request.continue_from else (request.num_frames - 1) // stride + 1
 
 
-def rollout_problems(request: "Request", model: "Model", causal: CausalSchedule) -> list[str]:
+def rollout_problems(request: Request, model: Model, causal: CausalSchedule) -> list[str]:
     """What is wrong with the filled fields together."""
     assert request.rollout_window and request.rollout_sink is not None and request.num_frame_per_block  # filled
     problems = []
@@ -250,10 +248,10 @@ def rollout_problems(request: "Request", model: "Model", causal: CausalSchedule)
     return _token_problems(request, model) + _length_problems(request, model, causal)
 
 
-def _token_problems(request: "Request", model: "Model") -> list[str]:
+def _token_problems(request: Request, model: Model) -> list[str]:
     assert request.height and request.width  # filled
-    vae = as_config(VaeConfig, model.config("vae"))
-    patch = as_config(WanConfig, model.config("transformer")).patch_size
+    vae = model.config("vae")
+    patch = model.config("transformer").patch_size
     rows, columns = (
         n // (vae.spatial_stride * p) for n, p in zip((request.height, request.width), patch[1:], strict=True)
     )
@@ -265,7 +263,7 @@ def _token_problems(request: "Request", model: "Model") -> list[str]:
     ]
 
 
-def _length_problems(request: "Request", model: "Model", causal: CausalSchedule) -> list[str]:
+def _length_problems(request: Request, model: Model, causal: CausalSchedule) -> list[str]:
     assert request.rollout_window and request.num_frame_per_block and request.fps  # filled
     stride, block, window = _stride(model), request.num_frame_per_block, request.rollout_window
     mode, follows, frames = request.rollout_mode, request.continue_from is not None, request.num_frames
@@ -321,11 +319,11 @@ def _nearest(value: int, least: int, step: int) -> str:
     return " or ".join(str(n) for n in near)
 
 
-def _stride(model: "Model") -> int:
-    return as_config(VaeConfig, model.config("vae")).temporal_stride
+def _stride(model: Model) -> int:
+    return model.config("vae").temporal_stride
 
 
-def rollout_plan(request: "Request", causal: CausalSchedule) -> RolloutPlan:
+def rollout_plan(request: Request, causal: CausalSchedule) -> RolloutPlan:
     """The order of work of a resolved request."""
     steps: Sequence[float] | None = request.denoising_step_list
     assert steps is not None and request.shift and request.rollout_mode and request.rollout_positions  # resolved

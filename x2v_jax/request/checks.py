@@ -4,16 +4,14 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
 
 from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
-from x2v_jax.request import causal as request_rollout
-from x2v_jax.request.fields import as_config, real_problems, whole_problems
-
-if TYPE_CHECKING:
-    from x2v_jax.request.request import Request
+from x2v_jax.models.config import Schedule
+from x2v_jax.request.causal import type_problems, whole_video_problems
+from x2v_jax.request.fields import real_problems, whole_problems
+from x2v_jax.request.model import Model
+from x2v_jax.request.request import Request
 
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024
@@ -21,20 +19,7 @@ _MAX_POSITIONS = 1024
 MAX_SEED = 2**32 - 1
 
 
-class Model(Protocol):
-    """What `resolve` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
-
-    @property
-    def task(self) -> str | None: ...
-    @property
-    def variant(self) -> str: ...
-    @property
-    def schedule(self) -> Schedule: ...
-    def config(self, component: str) -> Any: ...
-    def has(self, component: str) -> bool: ...
-
-
-def field_problems(request: "Request") -> list[str]:
+def field_problems(request: Request) -> list[str]:
     """Types and ranges that hold for every model."""
     problems = [
         *whole_problems(request, "height", 1, 1 << 20),
@@ -46,7 +31,7 @@ def field_problems(request: "Request") -> list[str]:
         *real_problems(request, "guidance_scale", 0.0, 100.0),
         *real_problems(request, "shift", 0.01, 100.0),
         *_step_list_problems(request.denoising_step_list),
-        *request_rollout.type_problems(request),
+        *type_problems(request),
     ]
     for name in ("prompt", "negative_prompt"):
         value = getattr(request, name)
@@ -68,7 +53,7 @@ def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
     return []
 
 
-def schedule_problems(request: "Request", schedule: Schedule, has_loras: bool) -> list[str]:
+def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> list[str]:
     """Settings that contradict what the checkpoint was trained for."""
     anyway = "or set allow_mismatch to true to run it anyway"
     steps = request.denoising_step_list
@@ -110,7 +95,7 @@ def schedule_problems(request: "Request", schedule: Schedule, has_loras: bool) -
     return problems
 
 
-def task_problems(request: "Request", model: Model) -> list[str]:
+def task_problems(request: Request, model: Model) -> list[str]:
     problems = []
     causal = model.schedule.causal is not None
     if model.variant in ("causvid", "self_forcing") and not causal:
@@ -119,7 +104,7 @@ def task_problems(request: "Request", model: Model) -> list[str]:
             "not say how; convert it again"
         )
     if not causal:
-        problems += request_rollout.whole_video_problems(request)
+        problems += whole_video_problems(request)
     if model.task == "i2v" and request.image is None:
         problems.append("image is missing, and this is an image-to-video checkpoint; give the path of an image")
     if model.task == "t2v" and request.image is not None and not causal:
@@ -141,17 +126,17 @@ def task_problems(request: "Request", model: Model) -> list[str]:
     return problems
 
 
-def size_problems(request: "Request", model: Model) -> list[str]:
+def size_problems(request: Request, model: Model) -> list[str]:
     """Height, width and frame count that the strides of the VAE and the patches allow (`request` is filled)."""
-    vae = as_config(VaeConfig, model.config("vae"))
-    patch = as_config(WanConfig, model.config("transformer")).patch_size
+    vae = model.config("vae")
+    patch = model.config("transformer").patch_size
     problems = []
     for name, step in (("height", vae.spatial_stride * patch[1]), ("width", vae.spatial_stride * patch[2])):
         value = getattr(request, name)
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.
         fits = model.task == "i2v" or value % step == 0
         problems += _multiple_problem(name, value, step, 0, fits and value >= step, f"multiples of {step}")
-    if model.schedule.causal is not None:  # whole blocks: `request_rollout` says which
+    if model.schedule.causal is not None:  # whole blocks: `request.causal` says which
         return problems
     step = vae.temporal_stride * patch[0]
     frames: int = request.num_frames  # type: ignore[assignment]
@@ -175,7 +160,7 @@ def _multiple_problem(name: str, value: int, step: int, offset: int, fits: bool,
     return [f"{name} is {value}; this model makes {rule}{limit}: use {choices}"]
 
 
-def noise_level_problems(request: "Request") -> list[str]:
+def noise_level_problems(request: Request) -> list[str]:
     """What only shows when shift and steps meet: two steps at one noise level, no signal at the first step."""
     assert request.shift and request.num_inference_steps  # filled
     try:
@@ -188,7 +173,7 @@ def noise_level_problems(request: "Request") -> list[str]:
     return []
 
 
-def component_problems(request: "Request", model: Model) -> list[str]:
+def component_problems(request: Request, model: Model) -> list[str]:
     needed = {"transformer": "the denoising network", "vae": "the autoencoder"}
     if request.text_embeddings is None:
         needed["text_encoder"] = "the text encoder (or give text_embeddings)"

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def as_config(cls: type, value: Any) -> Any:
-    return value if isinstance(value, cls) else cls.from_dict(value)
-
-
 def whole_problems(request: Any, name: str, low: int, high: int) -> list[str]:
     value = getattr(request, name)
     if value is None:

@@ -9,14 +9,16 @@ from typing import Any, Self
 import numpy as np
 
 from x2v_jax.errors import UserError
-from x2v_jax.memory import predict, vae
 from x2v_jax.ops.choice import CHOICES, OpChoice
 
+DTYPES = ("bfloat16", "float32")
+OFFLOADS = ("none", "blocks")
+DECODE_METHODS = ("auto", "whole", "stream", "tiled")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": predict.DTYPES,
-    "vae_dtype": predict.DTYPES,
-    "vae_decode": vae.DECODE_METHODS,
-    "offload": predict.OFFLOADS,
+    "dtype": DTYPES,
+    "vae_dtype": DTYPES,
+    "vae_decode": DECODE_METHODS,
+    "offload": OFFLOADS,
     **CHOICES,
 }
 

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import x2v_jax
 from x2v_jax.checkpoint.conversion.options import Options
 from x2v_jax.checkpoint.conversion.plan import Plan, make_plan
 from x2v_jax.checkpoint.files.hashing import HashThread
@@ -20,6 +19,7 @@ from x2v_jax.checkpoint.native.writer import (
 )
 from x2v_jax.checkpoint.quantize.calibration import ABOUT
 from x2v_jax.errors import UserError
+from x2v_jax.shipped import VERSION
 
 __all__ = ["Options", "Progress", "convert"]
 
@@ -64,7 +64,7 @@ def convert(
         provenance: dict[str, Any] = {
             "sources": [{"file": _relative(f, plan.layout.path), **results[f]} for f in plan.source_files],
             "command": options.command,
-            "version": x2v_jax.__version__,
+            "version": VERSION,
             "loras": [
                 *plan.earlier_loras,
                 *(

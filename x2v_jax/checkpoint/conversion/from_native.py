@@ -7,10 +7,10 @@ import numpy as np
 from x2v_jax.checkpoint.conversion.options import Options
 from x2v_jax.checkpoint.conversion.stream import Findings
 from x2v_jax.checkpoint.files.arrays import has_nonfinite, row_pieces
+from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.checkpoint.native.writer import Streamed
 from x2v_jax.checkpoint.published.open import Opened, open_native
 from x2v_jax.errors import UserError
 

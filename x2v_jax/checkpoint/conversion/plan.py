@@ -11,12 +11,12 @@ from x2v_jax.checkpoint.conversion.choose_smoothing import check_smoothing, choo
 from x2v_jax.checkpoint.conversion.from_native import carried_over, open_native_source
 from x2v_jax.checkpoint.conversion.options import Options
 from x2v_jax.checkpoint.conversion.stream import Findings, stream
-from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.json_file import read_json
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 from x2v_jax.checkpoint.lora.report import requantized
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
-from x2v_jax.checkpoint.native.writer import Streamed
 from x2v_jax.checkpoint.published.layouts import Layout, recognise
 from x2v_jax.checkpoint.published.open import Opened, open_source, source_notes
 from x2v_jax.checkpoint.published.published_schedules import (
@@ -26,7 +26,6 @@ from x2v_jax.checkpoint.published.published_schedules import (
     resolution_in,
 )
 from x2v_jax.checkpoint.published.select import select
-from x2v_jax.checkpoint.published.shards import read_json
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, WanConfig

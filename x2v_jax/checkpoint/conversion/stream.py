@@ -10,9 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from x2v_jax.checkpoint.files.arrays import cast, contiguous, has_nonfinite, row_pieces
-from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.names.wan import Row, table
-from x2v_jax.checkpoint.native.writer import Streamed
 from x2v_jax.checkpoint.published.open import Opened
 from x2v_jax.checkpoint.published.read import OfficialTensors
 from x2v_jax.checkpoint.quantize.eight_bit import DTYPES as EIGHT_BIT_DTYPES

@@ -1,12 +1,13 @@
 """Tensors that stay in their file until somebody reads them."""
 
+import dataclasses
 import math
 import mmap
 import os
 import pathlib
 import stat
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -162,3 +163,21 @@ def lazy_tensor(
 
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A tensor that is produced piece by piece. pieces(): arrays that, put end to end along axis 0, are the tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: Any) -> "Streamed":
+        values = np.asarray(array)
+        return cls(values.shape, values.dtype, lambda: [values])

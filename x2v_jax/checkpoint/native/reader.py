@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from x2v_jax.checkpoint.files.arrays import cast, is_float
+from x2v_jax.checkpoint.files.json_file import is_plain_name, read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.names.smoothing import ASIDE, GROUPS
 from x2v_jax.checkpoint.names.wan import COMPONENTS, CONFIGS, QUANTIZABLE, QUANTIZATIONS, SCALE, table
+from x2v_jax.checkpoint.native.fields import check_schedule_field, check_sizes
 from x2v_jax.checkpoint.native.writer import (
     FORMAT,
     FORMAT_VERSION,
@@ -21,12 +23,8 @@ from x2v_jax.checkpoint.native.writer import (
     check_names,
     save_native,
 )
-from x2v_jax.checkpoint.published.infer_config import check_types
-from x2v_jax.checkpoint.published.layouts import VARIANTS
-from x2v_jax.checkpoint.published.published_schedules import check_field
-from x2v_jax.checkpoint.published.shards import is_plain_name, read_json
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule
+from x2v_jax.models.config import VARIANTS, Schedule
 
 if TYPE_CHECKING:
     import jax
@@ -67,7 +65,7 @@ class NativeCheckpoint:
             raise UserError(f"{where} is no JSON object; convert the checkpoint again")
         for field in dataclasses.fields(Schedule):
             if field.name in values:
-                check_field(field.name, values[field.name], field.default, where)
+                check_schedule_field(field.name, values[field.name], field.default, where)
         return Schedule.from_dict(values)
 
     @property
@@ -86,7 +84,7 @@ class NativeCheckpoint:
             raise UserError(f"{holder.path / MODEL_FILE}: {component} has no config; convert the checkpoint again")
         try:
             known = {field.name for field in dataclasses.fields(CONFIGS[component])}
-            check_types(component, {name: value for name, value in values.items() if name in known}, {})
+            check_sizes(component, {name: value for name, value in values.items() if name in known}, {})
             return CONFIGS[component].from_dict(values)
         except (UserError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(

@@ -1,7 +1,6 @@
 """Writes native checkpoints: a folder that appears under its name only when everything in it is complete."""
 
 import contextlib
-import dataclasses
 import glob
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
 from x2v_jax.checkpoint.names.smoothing import smoothing_shapes
 from x2v_jax.checkpoint.names.wan import Config, native_shapes, parameter_count
@@ -30,24 +30,6 @@ FAMILY = "wan2.1"
 MODEL_FILE = "model.json"
 TOKENIZER_FILE = "tokenizer.json"
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-    """A tensor that is produced piece by piece. pieces(): arrays that, put end to end along axis 0, are the tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, array: Any) -> "Streamed":
-        values = np.asarray(array)
-        return cls(values.shape, values.dtype, lambda: [values])
 
 
 class _PieceWriter(SafetensorsWriter):

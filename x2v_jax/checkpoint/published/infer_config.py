@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.names.wan import CONFIGS, Config, Shape
+from x2v_jax.checkpoint.native.fields import check_sizes
 from x2v_jax.errors import UserError
 
 Shapes = Mapping[str, Shape]
@@ -97,7 +98,7 @@ def _declared(component: str, config: Mapping[str, Any]) -> Values:
         for key, value in config.items()
         if key in names and value is not None
     }
-    check_types(component, said, config)
+    check_sizes(component, said, config)
     heads = said.get("num_heads")
     if component == "transformer":
         if "attention_head_dim" in config and heads:
@@ -111,37 +112,6 @@ def _declared(component: str, config: Mapping[str, Any]) -> Values:
         if config.get("hidden_act", "gelu") != "gelu":
             raise UserError(f"image_encoder: hidden_act is {config['hidden_act']!r}; Wan2.1's CLIP uses 'gelu'")
     return said
-
-
-_WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_size")
-_LISTS = {"patch_size": int, "dim_mult": int, "temporal_downsample": bool, "latents_mean": float, "latents_std": float}
-
-
-def check_types(component: str, said: Values, config: Mapping[str, Any]) -> None:
-    """Refuses, say, a text where a number belongs, which would otherwise surface as an error far from the file.
-
-    Args:
-        said: values by our names. config: the whole file, for the sizes that only diffusers' name.
-    """
-    for name, value in {**said, **{key: config[key] for key in _WHOLE if config.get(key) is not None}}.items():
-        if name in _LISTS and component != "image_encoder":  # CLIP's patch_size is one number
-            kind = "a list of " + ("true and false" if _LISTS[name] is bool else "numbers")
-            good = isinstance(value, tuple | list) and all(_is_a(_LISTS[name], item) for item in value)
-        elif name in ("model_type", "eps"):
-            good, kind = (
-                _is_a(str if name == "model_type" else float, value),
-                "a text" if name[0] == "m" else "a number",
-            )
-        else:
-            good, kind = _is_a(int, value) and value > 0, "a whole number above 0"
-        if not good:
-            raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
 
 
 def _refuse_other_transformers(config: Mapping[str, Any]) -> None:

@@ -8,16 +8,16 @@ import dataclasses
 import pathlib
 import re
 
+from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.files.safetensors import read_metadata
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.writer import FORMAT
 from x2v_jax.checkpoint.published.key_check import ranges
 from x2v_jax.checkpoint.published.read import Kind, RawTensors, identify, read_raw, unwrapped
-from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets, read_json
+from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets
 from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.errors import UserError
-
-VARIANTS = ("base", "distill", "causvid", "self_forcing")
+from x2v_jax.models.config import VARIANTS
 
 # LightX2V's subfolders that hold a transformer, and what is in them.
 _SUBFOLDERS = {

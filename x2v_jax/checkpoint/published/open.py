@@ -15,7 +15,7 @@ from x2v_jax.checkpoint.published.infer_config import infer_config
 from x2v_jax.checkpoint.published.key_check import differences
 from x2v_jax.checkpoint.published.layouts import Source, declared
 from x2v_jax.checkpoint.published.read import Kind, OfficialTensors, RawTensors, to_official
-from x2v_jax.checkpoint.quantize.unsmooth import without_smoothing
+from x2v_jax.checkpoint.published.unsmooth import without_smoothing
 from x2v_jax.models.config import ClipConfig
 
 

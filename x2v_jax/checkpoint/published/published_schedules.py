@@ -2,14 +2,14 @@
 
 import dataclasses
 import difflib
-import itertools
 import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax.checkpoint.published.shards import read_json
+from x2v_jax.checkpoint.files.json_file import read_json
+from x2v_jax.checkpoint.native.fields import check_schedule_field
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
 
@@ -93,7 +93,7 @@ def override_schedule(text: str, default: Schedule) -> Schedule:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(fields)}"
             raise UserError(f"--schedule: unknown field {name!r}{hint}")
-        check_field(name, value, getattr(default, name))
+        check_schedule_field(name, value, getattr(default, name))
     changed = Schedule.from_dict(default.to_dict() | values)
     if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:
         changed = dataclasses.replace(changed, num_inference_steps=len(changed.denoising_step_list))
@@ -117,55 +117,3 @@ def _values(text: str) -> dict[str, Any]:
     if text.endswith(".json"):
         return read_json(pathlib.Path(text))
     raise UserError(f"--schedule: {text!r} is neither JSON nor one of {', '.join(SCHEDULES)}")
-
-
-def check_field(name: str, value: Any, default: Any, where: str = "--schedule") -> None:
-    """Raises a UserError when a schedule's field has a value that it cannot have."""
-    if name == "denoising_step_list":
-        good = value is None or (isinstance(value, list) and _is_step_list(value))
-        kind = "a falling list of timesteps in 1..1000, or null"
-    elif name == "sampler":
-        good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
-    elif name == "causal":
-        good, kind = _is_causal_schedule(value), "null, or an object of block, window, mode and the like"
-    elif isinstance(default, bool):
-        good, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        good, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a positive integer"
-    elif isinstance(default, float):
-        good, kind = _is_number(value) and value > 0, "a positive number"
-    else:
-        good, kind = isinstance(value, str), "text"
-    if not good:
-        raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
-
-
-def _is_causal_schedule(value: Any) -> bool:
-    if value is None:
-        return True
-    if not isinstance(value, Mapping) or not set(value) <= {field.name for field in dataclasses.fields(CausalSchedule)}:
-        return False
-    good = {
-        "mode": lambda v: v in ("full", "sliding", "fragments"),
-        "positions": lambda v: v in ("relative", "absolute"),
-        "independent_first_frame": lambda v: isinstance(v, bool),
-        "context_timestep": lambda v: v is None or (_is_number(v) and 0 <= v <= 1000),
-        "sink": lambda v: _is_whole(v) and v >= 0,
-        "block": lambda v: _is_whole(v) and v > 0,
-        "window": lambda v: _is_whole(v) and v > 0,
-    }
-    return all(good[name](v) for name, v in value.items())
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_step_list(values: list[Any]) -> bool:
-    if not values or not all(_is_number(value) and 0 < value <= 1000 for value in values):
-        return False
-    return all(a > b for a, b in itertools.pairwise(values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

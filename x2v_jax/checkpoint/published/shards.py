@@ -1,12 +1,11 @@
 """Groups the weight files of a folder into sets that belong together: indexed or numbered shards, blocks, parts."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
+from x2v_jax.checkpoint.files.json_file import is_plain_name, read_json
 from x2v_jax.errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -97,30 +96,6 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         if not is_plain_name(name):
             raise UserError(f"{path}: {key} is said to be in {name!r}, outside the index's own folder; refused")
     return weight_map
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether `name` names a file directly in a folder, on any system."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MB.
-
-    Raises:
-        UserError: it cannot be read or is not a JSON object.
-    """
-    try:
-        if path.stat().st_size > 64 << 20:
-            raise UserError(f"{path}: larger than any JSON file of a checkpoint; give the right file")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; download it again")
-    return content
 
 
 def _list(names: list[str]) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from x2v_jax.checkpoint.files.arrays import row_pieces
-from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.names.smoothing import GROUP_OF_COLUMNS, GROUP_OF_ROWS, GROUPS, module_of
 from x2v_jax.checkpoint.names.wan import Row
-from x2v_jax.checkpoint.native.writer import Streamed
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.checkpoint.quantize.eight_bit import Factors
 from x2v_jax.errors import UserError

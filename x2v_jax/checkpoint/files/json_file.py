@@ -1,0 +1,31 @@
+"""JSON objects and file names as a checkpoint may have them."""
+
+import json
+import pathlib
+from typing import Any
+
+from x2v_jax.errors import UserError
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether `name` names a file directly in a folder, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MB.
+
+    Raises:
+        UserError: it cannot be read or is not a JSON object.
+    """
+    try:
+        if path.stat().st_size > 64 << 20:
+            raise UserError(f"{path}: larger than any JSON file of a checkpoint; give the right file")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; download it again")
+    return content
