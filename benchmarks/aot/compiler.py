@@ -17,11 +17,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import ROOT
+
 MISSING = (
     "There is no CUDA compiler for jax here. Install jax-cuda13-plugin and jax-cuda13-pjrt, of jax's version, into a "
     "folder with pip's --target and name it with --wheels; no GPU is needed."
 )
-TARGET = pathlib.Path(__file__).parent / "targets" / "h200.txtpb"
+TARGET = ROOT / "benchmarks" / "targets" / "h200.txtpb"
 # On the target: 227 KiB of the 228 that a multiprocessor has.
 SHARED_MEMORY_LIMIT = 232_448
 

@@ -11,18 +11,18 @@ signals to them (SYNCS … RED). Printed and compared with the committed table; 
 
 import dataclasses
 import functools
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import RESULTS
 from benchmarks.aot import compare
 from benchmarks.aot import compiler as aot_compiler
 from benchmarks.gpu import shapes
 from x2v_jax.ops.choice import CHOICES
 
-TABLE = pathlib.Path(__file__).parent / "results" / "aot_kernels.json"
+TABLE = RESULTS / "aot_kernels.json"
 PRECISIONS = CHOICES["attention_precision"]
 DTYPES = ("int8", "float8_e4m3fn")
 

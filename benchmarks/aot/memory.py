@@ -20,9 +20,10 @@ import sys
 import time
 from typing import Any
 
+from benchmarks import RESULTS
 from benchmarks.aot import compiler
 
-DEFAULT_OUTPUT = pathlib.Path(__file__).parent / "results" / "aot_memory.json"
+DEFAULT_OUTPUT = RESULTS / "aot_memory.json"
 _LARGEST = 6
 
 

@@ -10,16 +10,16 @@ kernels that a step launches. `--write` replaces the table. XLA chooses its matm
 """
 
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import RESULTS
 from benchmarks.aot import compare
 from benchmarks.aot import compiler as aot_compiler
 
-TABLE = pathlib.Path(__file__).parent / "results" / "aot_sampler.json"
+TABLE = RESULTS / "aot_sampler.json"
 _LARGEST = 5
 # XLA places buffers and fuses the same way every time; another patch version may not.
 _NEAR = {"peak": 0.01, "temporaries": 0.02, "kernels_a_step": 0.02}

@@ -22,11 +22,12 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import DOCUMENTS, RESULTS
 from benchmarks.aot.compiler import MISSING, TARGET, prepare
 from benchmarks.documents import replace_part
 
-DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "small_gpus.md"
-DEFAULT_OUTPUT = pathlib.Path(__file__).parent / "results" / "small_gpu_memory.json"
+DOCUMENT = DOCUMENTS / "small_gpus.md"
+DEFAULT_OUTPUT = RESULTS / "small_gpu_memory.json"
 LATENTS, PIXELS = (21, 60, 104), (81, 480, 832)
 
 

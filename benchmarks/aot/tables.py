@@ -1,16 +1,16 @@
 """Puts the committed tables of compiled programs into docs/performance.md: `python -m benchmarks.aot.tables`."""
 
 import json
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import DOCUMENTS
 from benchmarks.aot import kernels as aot_kernels
 from benchmarks.aot import sampler
 from benchmarks.documents import replace_part
 
-DOCUMENT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+DOCUMENT = DOCUMENTS / "performance.md"
 PART = "aot"
 # One row a kernel suffices where all shapes give the same.
 _SHAPES = ("14B 480P", "14B projection 480P", "14B ffn 1 480P", "14B ffn 2 480P")

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import DOCUMENTS
 from tests.reference.cases_lib.case import DEFAULT_CASES, Case, find_cases
 
 if TYPE_CHECKING:
     from tests.reference.cases_lib.measure import Measurement
 
-_DEFAULT_OUTPUT = pathlib.Path(__file__).parents[1] / "docs" / "parity.md"
+_DEFAULT_OUTPUT = DOCUMENTS / "parity.md"
 # A merged LoRA has an output for each changed weight; the table names only the farthest of so many.
 _LISTED_OUTPUTS = 6
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.circumstances import circumstances
 from benchmarks.documents import replace_part
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEFAULT_OUTPUT = ROOT / "benchmarks" / "results" / "error_table.json"
 PLOT = ROOT / "docs" / "images" / "error_table.png"
 DOCUMENT = ROOT / "docs" / "performance.md"

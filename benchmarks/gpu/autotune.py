@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.gpu import shapes
 from benchmarks.gpu.sections import Row, guarded, line
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.shapes import AttentionShape, LinearShape
 
-OPS = pathlib.Path(__file__).resolve().parents[2] / "x2v_jax" / "ops"
+OPS = ROOT / "x2v_jax" / "ops"
 ATTENTION_TABLE = OPS / "attention" / "hopper_table.py"
 LINEAR_TABLE = OPS / "linear_8bit" / "tuned.py"
 _CLASSES = {"long": "14B 480P", "chunk": "14B chunk, 480P cache", "cross": "14B 480P, text"}

@@ -21,10 +21,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.gpu import sections, table
 from benchmarks.gpu.settings import Settings
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "outputs" / "gpu"
 _QUICK_MINUTES = 9.5
 # A section is begun only with so many seconds left: most of them go into starting.

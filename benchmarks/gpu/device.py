@@ -2,13 +2,13 @@
 
 import datetime
 import importlib.metadata
-import pathlib
 import platform
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+from benchmarks import ROOT
+
 _PACKAGES = ("x2v-jax", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13", "flax", "numpy")
 _QUERIES = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit",
@@ -53,10 +53,10 @@ def nvidia_smi() -> dict[str, str] | None:
 
 def commit() -> str | None:
     """The commit of this checkout, with "+" behind it where files differ from it; None outside of a checkout."""
-    head = _output(["git", "-C", str(_ROOT), "rev-parse", "HEAD"])
+    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if head is None:
         return None
-    changes = _output(["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"])
+    changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return head.strip() + ("+" if changes else "")
 
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.documents import replace_part
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "gpu.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
 PART = "gpu"

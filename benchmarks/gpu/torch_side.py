@@ -8,7 +8,6 @@ Nothing here imports jax, so that any Python that has torch can run it.
 import importlib.util
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -16,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.gpu import shapes
 
 # A Python that has torch; default: this one.
 PYTHON_VARIABLE = "X2V_TORCH_PYTHON"
 _ROUNDS, _CALLS = 5, 3
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def torch_rows(settings: Any) -> Iterator[dict[str, Any]]:
@@ -31,7 +30,7 @@ def torch_rows(settings: Any) -> Iterator[dict[str, Any]]:
         yield {"case": "torch", "left_out": f"no torch in this Python; name one that has it in {PYTHON_VARIABLE}"}
         return
     command = [python, "-m", "benchmarks.gpu.torch_side", *(["--tiny"] if settings.tiny else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         for text in process.stdout:
             yield json.loads(text)

@@ -23,9 +23,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from benchmarks import RESULTS
 from benchmarks.speed.cpu_cases import CASES, Runner, TransformerCase, VaeCase, seconds
 
-DEFAULT_OUTPUT = pathlib.Path(__file__).parent / "results" / "cpu.json"
+DEFAULT_OUTPUT = RESULTS / "cpu.json"
 # Threads of the side that has just run may still be spinning: they fall asleep before the other side is timed.
 _REST_SECONDS = 0.3
 

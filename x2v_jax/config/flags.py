@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from x2v_jax.errors import UserError
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

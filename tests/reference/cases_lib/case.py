@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import load_file
 
-DEFAULT_CASES = pathlib.Path(__file__).parents[2] / "tests" / "reference" / "cases"
+DEFAULT_CASES = pathlib.Path(__file__).parents[1] / "cases"
 
 
 @dataclasses.dataclass(frozen=True)
