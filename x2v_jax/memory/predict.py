@@ -1,7 +1,7 @@
 """How much memory a run takes: predicted from sizes before anything is loaded, read afterwards.
 
 Weights are counted exactly. Activations are estimated with factors that were fitted to what XLA reports for compiled
-programs (`tests/test_memory.py` holds the prediction against such reports); they are a guide, not a promise.
+programs (`tests/memory/test_memory.py` holds the prediction against such reports); they are a guide, not a promise.
 """
 
 import dataclasses

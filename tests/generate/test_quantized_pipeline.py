@@ -13,7 +13,7 @@ from x2v_jax.checkpoint.conversion.options import Options
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.generate.network import Network, describe_networks
 
-SHAPES = pathlib.Path(__file__).parent.parent / "assets/shapes_t2v_4step"
+SHAPES = pathlib.Path(__file__).resolve().parents[2] / "assets/shapes_t2v_4step"
 # Peak signal to noise against the bfloat16 video, with transformer and text encoder in 8 bits; measured 51.4 and 39.0.
 LEAST_PSNR = {"int8": 44.0, "fp8": 32.0}
 DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}

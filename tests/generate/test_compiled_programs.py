@@ -17,7 +17,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.generate import compiled_programs
 from x2v_jax.media.video import read_frames
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Runs the command line and prints how many programs were asked of the compiler, and how many were found.
 SPY = """
 import collections, sys, jax

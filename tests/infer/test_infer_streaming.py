@@ -23,7 +23,7 @@ from x2v_jax.media.growing_mp4 import VideoStream
 from x2v_jax.media.video import read_frames, read_metadata, write_png, write_video
 from x2v_jax.models.config import CausalSchedule, Schedule
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Blocks of 2 latent frames: 5 frames and then 8, of 32x48.
 CAUSAL = Schedule(
     sampler="step_distill",

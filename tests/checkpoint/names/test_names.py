@@ -11,7 +11,7 @@ from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.names.diffusers import DiffusersNames, Part, res_blocks_of
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
-MANIFESTS = pathlib.Path(__file__).parent.parent / "reference/manifests"
+MANIFESTS = pathlib.Path(__file__).parents[2] / "reference/manifests"
 PUBLISHED = {
     "wan2.1-t2v-1.3b": ("transformer", WanConfig.t2v_1_3b()),
     "wan2.1-t2v-14b": ("transformer", WanConfig.t2v_14b()),

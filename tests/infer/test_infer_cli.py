@@ -27,7 +27,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.media.video import read_frames, read_metadata, write_video
 from x2v_jax.request import Request
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("base", "distill", "causvid", "self_forcing")

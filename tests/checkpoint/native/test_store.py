@@ -272,7 +272,7 @@ from x2v_jax.checkpoint.store import open_checkpoint
 open_checkpoint({str(tmp_path / "c")!r}).tensors("vae")
 assert "jax" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[3])
 
 
 @pytest.mark.parametrize(

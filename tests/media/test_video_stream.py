@@ -18,7 +18,7 @@ from x2v_jax.media import growing_mp4
 from x2v_jax.media.growing_mp4 import VideoStream
 from x2v_jax.media.video import encode_video, read_frames, read_metadata
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 HEADER_BOXES = ["ftyp", "moov"]
 
 

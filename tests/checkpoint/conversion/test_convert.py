@@ -419,7 +419,7 @@ def halt(done, total):
     time.sleep(60)
 convert({str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}, on_progress=halt)
 """
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root)
     assert process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from x2v_jax.checkpoint.published import export
 from x2v_jax.checkpoint.quantize import eight_bit
 from x2v_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(*args, **kwargs):

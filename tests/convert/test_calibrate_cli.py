@@ -20,7 +20,7 @@ from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.quantize.calibration import read_calibration
 from x2v_jax.models import wan_blocks
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "assets/shapes_t2v_4step"
 CAUSAL = ROOT / "assets/shapes_causal"
 

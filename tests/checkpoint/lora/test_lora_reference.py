@@ -10,7 +10,7 @@ import safetensors.numpy
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 
-CASES = pathlib.Path(__file__).parents[1] / "reference" / "cases"
+CASES = pathlib.Path(__file__).parents[2] / "reference" / "cases"
 
 
 @pytest.mark.parametrize("name", ["lora_lightx2v", "lora_peft", "lora_kohya_alpha"])
