@@ -16,8 +16,9 @@ from x2v_jax.checkpoint.quantize.calibration import Calibration, check_destinati
 from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
 from x2v_jax.request import Request
+from x2v_jax.request.inputs import InputFiles
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.resolve import resolve
+from x2v_jax.request.resolve import ResolvedRequest, resolve
 from x2v_jax.shipped import VERSION
 
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
@@ -71,7 +72,7 @@ def check_recordable(checkpoint: NativeCheckpoint) -> None:
 
 def record(
     checkpoint: NativeCheckpoint,
-    requests: Sequence[Request],
+    requests: Sequence[ResolvedRequest],
     options: RunOptions,
     on_progress: Progress = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
@@ -142,7 +143,7 @@ def summary(calibration: Calibration) -> list[str]:
     return lines
 
 
-def about(checkpoint: NativeCheckpoint, requests: Sequence[Request]) -> dict[str, str]:
+def about(checkpoint: NativeCheckpoint, requests: Sequence[ResolvedRequest]) -> dict[str, str]:
     """What the header of a calibration says of resolved requests."""
     first = requests[0]
     return {
@@ -156,16 +157,17 @@ def about(checkpoint: NativeCheckpoint, requests: Sequence[Request]) -> dict[str
     }
 
 
-def _requests(args: argparse.Namespace, checkpoint: NativeCheckpoint) -> list[Request]:
+def _requests(args: argparse.Namespace, checkpoint: NativeCheckpoint) -> list[ResolvedRequest]:
     prompts = _prompts(args.prompts)[: args.limit]
     if checkpoint.task == "i2v" and args.images is None:
         raise UserError(f"--images: {checkpoint.path} makes videos of images; give a picture, a folder or a list")
     if checkpoint.task != "i2v" and args.images is not None:
         raise UserError(f"--images: {checkpoint.path} makes videos of text alone; leave --images out")
     images = [None] if args.images is None else _images(pathlib.Path(args.images))[: len(prompts)]
+    files = InputFiles()
     sizes = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
     return [
-        resolve(Request(prompt, image=images[i % len(images)], seed=args.seed + i, **sizes), checkpoint)
+        resolve(Request(prompt, image=images[i % len(images)], seed=args.seed + i, **sizes), checkpoint, files=files)
         for i, prompt in enumerate(prompts)
     ]
 

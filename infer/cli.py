@@ -115,7 +115,7 @@ def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> 
     from tqdm import tqdm
 
     # disable=None: no bar where the output is not a terminal. The steps run one by one all the same.
-    with tqdm(total=job.request.num_inference_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
+    with tqdm(total=job.request.num_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
 
         def on_step(step: int, count: int, latents: Any) -> None:
             bar.update()
@@ -136,7 +136,7 @@ def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: 
 
 
 def _plain_warnings() -> None:
-    shown = set()  # a request is resolved here and again in the pipeline, and would warn twice
+    shown = set()  # what holds for all videos of a run is said once
 
     def show(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
         if str(message) not in shown:

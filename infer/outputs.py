@@ -24,7 +24,7 @@ def metadata(work: Settings, job: Job) -> dict[str, Any]:
     config = {name: value for name, value in work.config.to_dict().items() if name not in _LEFT_OUT}
     for name in Request.field_names():
         if name in config:
-            config[name] = getattr(job.request, name)
+            config[name] = getattr(job.request.completed, name)
     config["lora"] = work.loras
     return {
         "program": "x2v-jax",
@@ -52,7 +52,6 @@ def write(job: Job, frames: np.ndarray, values: dict[str, Any], overwrite: bool)
     Raises:
         UserError: the files cannot be written.
     """
-    assert job.request.fps is not None  # resolved
     path = place(job, overwrite)
     write_video(path, frames, job.request.fps, with_size(values, *frames.shape[:3]))
     return path

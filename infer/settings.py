@@ -13,12 +13,10 @@ from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
 from x2v_jax.errors import UserError
-from x2v_jax.generate.block_inputs import read_inputs
-from x2v_jax.media import tensor_files
-from x2v_jax.media.image import load_image
 from x2v_jax.request import Request
 from x2v_jax.request import options as run_options
-from x2v_jax.request.resolve import latent_shape, resolve
+from x2v_jax.request.inputs import InputFiles
+from x2v_jax.request.resolve import ResolvedRequest, resolve
 
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
@@ -30,9 +28,9 @@ _INPUTS = ("image", "initial_noise", "text_embeddings", "continue_from")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One video: its complete request, and where it goes: a folder and a name without suffix."""
+    """One video: its request, decided, and where it goes: a folder and a name without suffix."""
 
-    request: Request
+    request: ResolvedRequest
     folder: pathlib.Path
     stem: str
 
@@ -81,7 +79,7 @@ def read(line: flags.CommandLine) -> Settings:
     jobs = _jobs(config, checkpoint, has_loras=bool(loras))
     for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
         _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
-    _check_inputs(jobs[0].request, checkpoint, config.allow_mismatch)
+    jobs[0].request.open_inputs()
     files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
     inputs = {path: _sha256(pathlib.Path(path)) for path in files}
     if recorded is not None:
@@ -183,14 +181,14 @@ def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> t
     total = len(prompts) * config.num_videos
     if config.endless and total > 1:
         raise UserError(f"config.endless is True for {total} videos, and the first has no end; give seconds instead")
-    jobs = []
+    jobs, files = [], InputFiles()
     for prompt in prompts:
         for offset in range(config.num_videos):
             number = len(jobs) + 1
             seed = None if shared["seed"] is None else shared["seed"] + offset
             latents = _numbered_latents(config, number, total)
-            request = Request(**(shared | {"prompt": prompt, "seed": seed, "save_latents": latents}))
-            request = resolve(request, checkpoint, has_loras=has_loras, allow_mismatch=config.allow_mismatch)
+            asked = Request(**(shared | {"prompt": prompt, "seed": seed, "save_latents": latents}))
+            request = resolve(asked, checkpoint, files=files, has_loras=has_loras, allow_mismatch=config.allow_mismatch)
             from_file = config.prompt_file is not None
             jobs.append(Job(request, *_place(config.output, request, number, total, from_file)))
     for folder in {job.folder for job in jobs}:
@@ -212,20 +210,6 @@ def _check_writable(key: str, folder: pathlib.Path) -> None:
         raise UserError(
             f"config.{key}: {folder} cannot be written to ({error.strerror}); choose another place"
         ) from None
-
-
-def _check_inputs(request: Request, checkpoint: NativeCheckpoint, allow_mismatch: bool) -> None:
-    """Opens the files that a request names, before weights are loaded."""
-    if request.text_embeddings is not None:
-        transformer = checkpoint.config("transformer")
-        tensor_files.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
-    if checkpoint.schedule.causal is not None:
-        read_inputs(request, checkpoint, allow_mismatch=allow_mismatch)
-    elif checkpoint.task == "i2v":
-        load_image(request.image)  # its shape decides the noise's, which the pipeline checks
-    elif request.initial_noise is not None:
-        steps = None if request.denoising_step_list is None else len(request.denoising_step_list)
-        tensor_files.read_noise(request.initial_noise, latent_shape(request, checkpoint), steps)
 
 
 def _prompt_schedule(value: Any) -> Any:
@@ -266,7 +250,7 @@ def _numbered_latents(config: Config, number: int, total: int) -> str | None:
     return str(path)
 
 
-def _place(output: str, request: Request, number: int, total: int, from_file: bool) -> tuple[pathlib.Path, str]:
+def _place(output: str, request: ResolvedRequest, number: int, total: int, from_file: bool) -> tuple[pathlib.Path, str]:
     """Folder and stem of a video."""
     path = pathlib.Path(output).expanduser()
     counted = _padded(number, total)

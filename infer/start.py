@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from infer.settings import Settings, options
+from x2v_jax.request.resolve import WholePlan
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
@@ -41,13 +42,13 @@ def announce(pipeline: "Pipeline", work: Settings) -> None:
 
     request = work.jobs[0].request
     plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
-    frames = "endless" if request.num_frames is None else f"{request.num_frames} frames of"
-    if work.checkpoint.schedule.causal is None:
-        how = f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}"
+    frames = "endless" if request.endless else f"{request.num_frames} frames of"
+    if isinstance(request.plan, WholePlan):
+        how = f"{request.num_steps} steps, guidance {request.guidance_scale:g}"
     else:
         how = (
-            f"{request.num_inference_steps} steps for each block of {request.num_frame_per_block} latent frames, "
-            f"{request.rollout_mode} window of {request.rollout_window}"
+            f"{request.num_steps} steps for each block of {request.plan.block} latent frames, "
+            f"{request.plan.mode} window of {request.plan.window}"
         )
     on_host = f" and {plan.host / 1e9:.1f} GB of the host's" if plan.host else ""
     print(

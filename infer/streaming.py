@@ -12,7 +12,6 @@ from infer.settings import Job, Settings
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.media.growing_mp4 import VideoStream
-from x2v_jax.request.causal import new_latent_frames
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
@@ -34,7 +33,7 @@ def stream_video(
         KeyboardInterrupt: with a message about what was kept, if there is something.
     """
     recording = _Recording(work, job, interrupts)
-    live = LiveLine(label, num_blocks(job, work), recording.fps, shown=work.config.progress)
+    live = LiveLine(label, job.request.num_blocks, recording.fps, shown=work.config.progress)
     try:
         try:
             with contextlib.closing(live), contextlib.closing(pipeline.stream_blocks(job.request)) as blocks:
@@ -56,18 +55,10 @@ def stream_video(
     return recording.stream.path, recording.seconds
 
 
-def num_blocks(job: Job, work: Settings) -> int | None:
-    """Blocks of the video; None for an endless one."""
-    frames, block = new_latent_frames(job.request, work.checkpoint), job.request.num_frame_per_block
-    assert block is not None  # resolved
-    return None if frames is None else -(-frames // block)  # a first frame of its own is one block more, the rest whole
-
-
 class _Recording:
     """The mp4 and its JSON. No signal interrupts their writing: it waits until that is done."""
 
     def __init__(self, work: Settings, job: Job, interrupts: Interrupts):
-        assert job.request.fps is not None  # resolved
         self.fps: float = job.request.fps
         self.seconds: dict[str, float] = {}
         self.is_complete = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infer import start
 from infer.interrupts import Interrupts
 from infer.settings import Settings, options
-from x2v_jax.request import Request
+from x2v_jax.request.resolve import ResolvedRequest
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
@@ -67,11 +67,11 @@ def take_programs(pipeline: "Pipeline", work: Settings) -> None:
     compiled_programs.install(work.config.compiled_programs, folder, wanted)
 
 
-def _different(pipeline: "Pipeline", work: Settings) -> list[Request]:
+def _different(pipeline: "Pipeline", work: Settings) -> list[ResolvedRequest]:
     """One request of each kind that has programs of its own."""
-    kinds: dict[Any, Request] = {}
+    kinds: dict[Any, ResolvedRequest] = {}
     for job in work.jobs:
-        plain = dataclasses.replace(job.request, **_NOT_COMPILED)
+        plain = dataclasses.replace(job.request.completed, **_NOT_COMPILED)
         kinds.setdefault((plain, pipeline.output_size(job.request)), job.request)
     return list(kinds.values())
 
@@ -85,7 +85,7 @@ def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
             sizes = dataclasses.asdict(checkpoint.config(name)) | {"quantization": checkpoint.quantization(name)}
             known |= {f"{name}.{field}": value for field, value in sizes.items()}
     frames, height, width = pipeline.output_size(request)
-    own = {name: value for name, value in dataclasses.asdict(request).items() if name not in _NOT_COMPILED}
+    own = {name: value for name, value in dataclasses.asdict(request.completed).items() if name not in _NOT_COMPILED}
     own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}
     run = options(work.config) | {"allow_mismatch": None, "memory_limit": None}
     return known | own | run | {"progress": _is_watched(work)}

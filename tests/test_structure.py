@@ -36,14 +36,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "checkpoint.conversion": (
         "errors", "shipped", "models.config", *_CHECKPOINT, "checkpoint.published", "checkpoint.lora",
     ),
-    "request": ("errors", "ops", "models.config", "models", "diffusion"),
     "media": ("errors", "checkpoint.files"),
-    "memory": ("errors", "models.config", "models", "checkpoint.native", "request", "media"),
+    "request": ("errors", "ops", "models.config", "models", "diffusion", "checkpoint.files", "media"),
+    "memory": ("errors", "models.config", "models", "diffusion", "checkpoint.native", "media", "request"),
     "generate": (
         "errors", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request", "memory",
         "media",
     ),
-    "pipeline": ("errors", "models.config", "checkpoint.native", "request", "memory", "media", "generate"),
+    "pipeline": ("errors", "diffusion", "checkpoint.native", "media", "request", "memory", "generate"),
     "": ("errors", "shipped", "request", "media", "pipeline"),  # x2v_jax itself: the public names
     "configs": ("config", "errors"),
     "convert": (*_LIBRARY, "config", ""),

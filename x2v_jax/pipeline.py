@@ -1,35 +1,37 @@
-"""Prompt or image -> frames: the one place that knows the order of the parts.
+"""Prompt or image -> frames: the one place that knows the order of the stages.
 
-tokenizer, text encoder, (CLIP, VAE encoder) -> sampler around the transformer -> VAE decoder -> uint8 frames: see
-`whole_video`. Models that make a video block by block go through `streaming` instead of a sampler.
+Videos whose frames are made all together: `Pipeline.generate`. Models that make a video block by block go through
+`generate.blocks` instead of a sampler.
 """
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Self
+from typing import Self, Unpack
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 
 from x2v_jax.checkpoint.native import reader
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
-from x2v_jax.generate.block_inputs import BlockInputs, read_inputs
 from x2v_jax.generate.blocks import Block, collect
 from x2v_jax.generate.clock import Clock
-from x2v_jax.generate.components import Parts, prompts_of
-from x2v_jax.generate.denoise import OnStep
+from x2v_jax.generate.components import Parts
+from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
 from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import advice, device, need, predict
-from x2v_jax.request import Request
-from x2v_jax.request.options import RunOptions
-from x2v_jax.request.resolve import resolve
+from x2v_jax.request.inputs import BlockInputs, InputFiles
+from x2v_jax.request.options import OptionFields, RunOptions
+from x2v_jax.request.request import Request, RequestFields
+from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -40,14 +42,14 @@ class Result:
 
     frames: uint8 [F, H, W, 3].
     latents: float32 [f, h, w, C], as they were before the VAE.
-    request: complete, with the seed that was drawn.
+    request: as it was decided, with the seed that was drawn.
     seconds: wall time of "load", "text", "image", "denoise" and "vae"; the first call of a size includes compiling.
     memory_plan: predicted bytes. peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
     """
 
-    frames: np.ndarray
-    latents: np.ndarray
-    request: Request
+    frames: Frames
+    latents: Float[np.ndarray, "f h w c"]
+    request: ResolvedRequest
     seconds: dict[str, float]
     memory_plan: predict.MemoryPlan
     peak_bytes: int
@@ -60,32 +62,38 @@ class Pipeline:
     >>> frames = pipe("a red circle moves left", seed=1)  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint: reader.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Any):
+    def __init__(
+        self, checkpoint: reader.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
+    ):
         """See `from_checkpoint`."""
         self.checkpoint = checkpoint
         self.options = RunOptions.of(options)
         self._has_loras = bool(loras)
+        self._files = InputFiles()
         self._parts = Parts(checkpoint, self.options, loras)
         self.lora_report = self._parts.lora_report
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
+    ) -> Self:
         """A pipeline on a checkpoint that `python -m convert` made. Weights are read when they are first needed.
 
         Args:
             path: the checkpoint's folder.
             loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
-            options: fields of `request.options.RunOptions`: dtype, vae_dtype, vae_decode, keep_encoders,
-                sequential_guidance, offload, memory_limit, attention, attention_precision, linear, linear_activations
-                and allow_mismatch.
+            options: fields of `request.options.RunOptions`.
 
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
-        return cls(reader.open_checkpoint(path), **options)
+        return cls(reader.open_checkpoint(path), loras=loras, **options)
 
-    def __call__(self, prompt: str, **fields: Any) -> Frames:
-        """Makes one video; fields are those of `Request` (height, width, num_frames, seed, image, …).
+    def __call__(self, prompt: str, **fields: Unpack[RequestFields]) -> Frames:
+        """Makes one video.
+
+        Args:
+            fields: those of `Request`: height, width, num_frames, seed, image and so on.
 
         Returns:
             uint8 [F, H, W, 3].
@@ -95,7 +103,34 @@ class Pipeline:
         """
         return self.generate(Request.of(prompt, fields)).frames
 
-    def stream(self, prompt: str, **fields: Any) -> Generator[Frames]:
+    def generate(self, request: Request | ResolvedRequest, on_step: OnStep | None = None) -> Result:
+        """Makes one video.
+
+        Args:
+            on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
+                memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
+                exception from it ends the run. Where a video is made block by block, it is called after each block with
+                (block from 0, number of blocks, its latents [1, f, h, w, C]).
+
+        Raises:
+            UserError: the request does not fit, the device's memory is too small, or the result is not finite.
+        """
+        request = self.resolve(request)
+        if isinstance(request.plan, RolloutPlan):
+            return self._generate_blocks(request, request.plan, on_step)
+        memory = self.check_memory(request)
+        clock = Clock()
+        with self._explained(request), self._parts.precision():
+            noise = whole.noise(self._parts, request, request.plan)  # first: a file that does not fit costs no loading
+            conditions = self._conditions(request, clock)
+            latents = self._denoised(request, request.plan, noise, conditions, clock, on_step)
+            values = np.asarray(latents)[0]
+            if request.save_latents:
+                tensor_files.write_latents(request.save_latents, values)
+            frames = self._decoded(latents, clock)
+        return Result(frames, values, request, dict(clock.seconds), memory, device.peak_bytes())
+
+    def stream(self, prompt: str, **fields: Unpack[RequestFields]) -> Generator[Frames]:
         """Makes one video block by block: uint8 [f, H, W, 3], each block as soon as it is there.
 
         >>> for frames in pipe.stream("a red circle moves left", seconds=10.0): ...  # doctest: +SKIP
@@ -115,46 +150,50 @@ class Pipeline:
 
         return frames()
 
-    def stream_blocks(self, request: Request) -> Generator[Block]:
+    def stream_blocks(self, request: Request | ResolvedRequest) -> Generator[Block]:
         """Makes one video block by block. Closing the iterator ends it at any block; latents are then saved up to it.
 
         Block k is handed out while block k + 1 is being made, and before block k + 2 is begun.
-
-        Args:
-            request: resolved or not.
 
         Raises:
             UserError: at once where the checkpoint does not make videos block by block, the request does not fit, or a
                 file that it names does not; on the way where memory does not suffice or a block is not finite.
         """
         request = self.resolve(request)
-        return self._stream_blocks(request, self._inputs(request))
+        if not isinstance(request.plan, RolloutPlan):
+            raise UserError(f"{self.checkpoint.path} does not make videos block by block; use a causal checkpoint")
+        return self._stream_blocks(request, request.block_inputs(request.plan))
 
-    def resolve(self, request: Request) -> Request:
-        """`request.resolve` with this pipeline's checkpoint and settings."""
-        allow_mismatch = self.options.allow_mismatch
-        return resolve(request, self.checkpoint, has_loras=self._has_loras, allow_mismatch=allow_mismatch)
+    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+        """What is asked -> what is decided, by this pipeline's checkpoint and settings. What is decided stays."""
+        if isinstance(request, ResolvedRequest):
+            return request
+        anyway = self.options.allow_mismatch
+        return resolve(request, self.checkpoint, files=self._files, has_loras=self._has_loras, allow_mismatch=anyway)
 
-    def output_size(self, request: Request) -> tuple[int | None, int, int]:
-        """Frames (None: endless), height and width in pixels of the video that a resolved request gives."""
-        return self._parts.output_size(request)
+    def output_size(self, request: Request | ResolvedRequest) -> tuple[int | None, int, int]:
+        """Frames (None: endless), height and width in pixels of the video that a request gives."""
+        request = self.resolve(request)
+        stride = self._parts.network("vae").config.spatial_stride
+        _, height, width, _ = request.latent_shape
+        return request.num_frames or None, height * stride, width * stride
 
-    def plan(self, request: Request) -> predict.MemoryPlan:
-        """The memory that a resolved request will take, worked out before anything is loaded."""
-        return self._memory(request).plan()
+    def plan(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
+        """The memory that a request will take, worked out before anything is loaded."""
+        return self._memory(self.resolve(request)).plan()
 
-    def check_memory(self, request: Request) -> predict.MemoryPlan:
-        """The memory that a resolved request will take, compared with what there is. Warns where it may be too little.
+    def check_memory(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
+        """The memory that a request will take, compared with what there is. Warns where it may be too little.
 
         Raises:
             UserError: it is beyond memory_limit, or the weights alone are more than the device has.
         """
-        needs = self._memory(request)
+        needs = self._memory(self.resolve(request))
         plan, limit = needs.plan(), self.options.memory_limit_bytes
         advice.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
         return plan
 
-    def prepare(self, requests: Sequence[Request]) -> float:
+    def prepare(self, requests: Sequence[Request | ResolvedRequest]) -> float:
         """Encodes the prompts of many requests with the text encoder loaded once. Returns the seconds it took.
 
         Raises:
@@ -163,15 +202,18 @@ class Pipeline:
         begin = time.perf_counter()
         clock = Clock()
         with self._parts.precision():
-            for request in requests:
-                request = self.resolve(request)
-                if request.text_embeddings is None:
-                    self._parts.prompts(prompts_of(request), clock)
+            for request in map(self.resolve, requests):
+                if not request.inputs.replaces_text_encoder:
+                    self._parts.prompts(request.prompts, clock)
         self._parts.release_encoders()
         return time.perf_counter() - begin
 
     def warm_up(
-        self, request: Request, *, watched: bool = False, on_start: Callable[[str], None] | None = None
+        self,
+        request: Request | ResolvedRequest,
+        *,
+        watched: bool = False,
+        on_start: Callable[[str], None] | None = None,
     ) -> Iterator[tuple[str, float]]:
         """Compiles what a request's video needs, with nothing loaded and nothing made: (name, seconds) of each program.
 
@@ -179,7 +221,6 @@ class Pipeline:
         video then starts without compiling.
 
         Args:
-            request: resolved or not.
             watched: for `generate` with an on_step, where each step is a program of its own.
             on_start: called with each program's name before it is compiled.
 
@@ -190,62 +231,83 @@ class Pipeline:
         with self._parts.precision():
             yield from compile_all(self._programs(request, watched), on_start)
 
-    def _programs(self, request: Request, watched: bool) -> Iterator[Program]:
-        if self.checkpoint.schedule.causal is None:
-            yield from whole.programs(self._parts, request, watched=watched)
-            return
-        if request.text_embeddings is None:
+    def _programs(self, request: ResolvedRequest, watched: bool) -> Iterator[Program]:
+        if not request.inputs.replaces_text_encoder:
             yield from self._parts.prompts.programs()
-        yield from self._parts.streamer.programs(request, self._inputs(request))
+        if isinstance(request.plan, WholePlan):
+            yield from whole.programs(self._parts, request, request.plan, watched=watched)
+        else:
+            yield from self._parts.streamer.programs(request, request.block_inputs(request.plan))
 
-    def generate(self, request: Request, on_step: OnStep | None = None) -> Result:
-        """Makes one video.
+    def _texts(self, request: ResolvedRequest, clock: Clock) -> list[Float[np.ndarray, "l d"]]:
+        """Embeddings of a request's prompts, encoded or from its file."""
+        given = request.inputs.text()
+        if not given:
+            return self._parts.prompts(request.prompts, clock)
+        if not request.uses_guidance:
+            return [given["text"]]
+        negative = given.get("negative_text")
+        if negative is None:
+            negative = self._parts.prompts(request.prompts[:1], clock)[0]
+        return [negative, given["text"]]
 
-        Args:
-            request: resolved or not.
-            on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
-                memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
-                exception from it ends the run. Where a video is made block by block, it is called after each block with
-                (block from 0, number of blocks, its latents [1, f, h, w, C]).
+    def _conditions(self, request: ResolvedRequest, clock: Clock) -> Conditions:
+        text = jax.device_put(np.stack(self._texts(request, clock)))
+        conditions = Conditions(text, np.float32(request.guidance_scale))
+        if self.checkpoint.task == "i2v":
+            _, height, width = self.output_size(request)
+            size = request.num_frames, height, width
+            features, latents = self._parts.images(request.inputs.picture(), size, clock)
+            conditions = conditions._replace(image_features=features, image_latents=latents)
+        self._parts.release_encoders()
+        return conditions
 
-        Raises:
-            UserError: the request does not fit, the device's memory is too small, or the result is not finite.
-        """
-        request = self.resolve(request)
-        if self.checkpoint.schedule.causal is not None:
-            return self._generate_blocks(request, on_step)
-        plan = self.check_memory(request)
-        clock, parts = Clock(), self._parts
-        with self._explained(request), parts.precision():
-            latents = whole.make_latents(parts, request, clock, on_step)
-            if request.save_latents is not None:
-                tensor_files.write_latents(request.save_latents, np.asarray(latents)[0])
-            with clock("load"):
-                parts.network("vae").load()
-            with clock("vae"):
-                frames = parts.vae.decode(latents)
-        return Result(frames, np.asarray(latents)[0], request, dict(clock.seconds), plan, device.peak_bytes())
+    def _denoised(
+        self,
+        request: ResolvedRequest,
+        plan: WholePlan,
+        noise: tuple[Start, whole.Renoise],
+        conditions: Conditions,
+        clock: Clock,
+        on_step: OnStep | None,
+    ) -> Float[Array, "1 f h w c"]:
+        with clock("load"):
+            params = self._parts.network("transformer").load()
+        with clock("denoise"):
+            try:
+                latents = self._parts.denoiser.sample(params, conditions, *noise, whole.schedule(plan), on_step)
+            except NotFinite as error:
+                raise self._parts.not_finite(f"after {error}") from None
+            if request.pin_first_frame and conditions.image_latents is not None:
+                latents = whole.pin_first_frame(latents, conditions.image_latents)
+        return latents
 
-    def _generate_blocks(self, request: Request, on_step: OnStep | None) -> Result:
+    def _decoded(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> Frames:
+        with clock("load"):
+            self._parts.network("vae").load()
+        with clock("vae"):
+            return self._parts.vae.decode(latents)
+
+    def _generate_blocks(self, request: ResolvedRequest, plan: RolloutPlan, on_step: OnStep | None) -> Result:
         if request.endless:
             raise UserError(
                 "endless is True, and there is no end to wait for; use stream, or say seconds or num_frames"
             )
-        inputs = self._inputs(request)
+        inputs = request.block_inputs(plan)
         frames, latents, seconds = collect(self._stream_blocks(request, inputs), inputs, on_step)
         return Result(frames, latents, request, seconds, self.plan(request), device.peak_bytes())
 
-    def _stream_blocks(self, request: Request, inputs: BlockInputs) -> Generator[Block]:
+    def _stream_blocks(self, request: ResolvedRequest, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
             clock = Clock()
-            texts = self._parts.texts(request, clock)
+            texts = self._texts(request, clock)
             self._parts.release_encoders()
             yield from self._parts.streamer.stream(request, inputs, texts, clock)
 
         self.check_memory(request)
         return self._each(blocks, request)
 
-    def _each(self, start: Callable[[], Generator[Block]], request: Request) -> Generator[Block]:
+    def _each(self, start: Callable[[], Generator[Block]], request: ResolvedRequest) -> Generator[Block]:
         """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
         with contextlib.closing(start()) as blocks:
             while True:
@@ -255,19 +317,42 @@ class Pipeline:
                     return
                 yield block
 
-    def _inputs(self, request: Request) -> BlockInputs:
-        return read_inputs(request, self.checkpoint, allow_mismatch=self.options.allow_mismatch)
-
-    def _explained(self, request: Request) -> contextlib.AbstractContextManager[None]:
+    def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
         return advice.explained(lambda: self._memory(request).explain(device.device_bytes()))
 
-    def _memory(self, request: Request) -> need.Needs:
+    def _memory(self, request: ResolvedRequest) -> need.Needs:
+        blocks = None
+        if isinstance(request.plan, RolloutPlan):
+            kv_cache = request.kv_cache or self.options.dtype
+            blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
         return need.Needs(
             self.checkpoint,
             {name: network.config for name, network in self._parts.networks.items()},
-            self._parts.latent_shape(request)[:3],
-            request,
+            request.latent_shape[:3],
+            request.uses_guidance,
+            not request.inputs.replaces_text_encoder,
+            blocks,
             self.options,
             on_cpu=jax.default_backend() == "cpu",
             available=self.options.memory_limit_bytes or device.device_bytes(),
         )
+
+
+def _with_fields(function: Callable[..., object], *sources: type) -> None:
+    """Lets `help` and editors at run time show the keywords of a function one by one, with their defaults."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {p.name for p in own}
+    keywords = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for source in sources
+        for field in dataclasses.fields(source)
+        if field.name not in known
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+
+
+_with_fields(Pipeline.__init__, RunOptions)
+_with_fields(Pipeline.from_checkpoint.__func__, RunOptions)  # type: ignore[attr-defined]
+_with_fields(Pipeline.__call__, Request)
+_with_fields(Pipeline.stream, Request)

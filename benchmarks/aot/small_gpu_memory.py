@@ -170,7 +170,7 @@ def _programs(case: Case, sizes: Sizes) -> list[Any]:
         encode = jax.jit(lambda params, ids, mask: functional.merge(text.graphdef, params)(ids, mask))
         return [Program("text encoder", encode, (text.shapes, ids, ids))]
     if case.phase == "image":
-        return list(ImageConditioner(network("image_encoder"), VaeRunner(network("vae")), (1, 2, 2)).programs(PIXELS))
+        return list(ImageConditioner(network("image_encoder"), VaeRunner(network("vae"))).programs(PIXELS))
     latents = (1, *LATENTS, 16)
     if case.phase == "vae":
         return list(VaeRunner(network("vae"), case.vae_decode).programs(latents))  # type: ignore[arg-type]

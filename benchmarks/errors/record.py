@@ -80,13 +80,14 @@ def record_sampling(checkpoint: Any, prompts: Sequence[str], seed: int = 0) -> R
     from benchmarks.tiny_world.sampling import ShapesModel, make_sampler
     from train.data.sources import Conditions
     from x2v_jax.request import Request
-    from x2v_jax.request.resolve import latent_shape, resolve
+    from x2v_jax.request.resolve import WholePlan, resolve
 
     model = ShapesModel(checkpoint, "float32", ("transformer", "text_encoder"))
     request = resolve(Request(prompt="-", seed=seed), checkpoint)
-    texts = model.encode_text([*prompts, request.negative_prompt or ""])
+    assert isinstance(request.plan, WholePlan)
+    texts = model.encode_text([*prompts, request.negative_prompt])
     keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + len(prompts), dtype=jnp.uint32))
     with listening() as heard:
-        sample = jax.jit(make_sampler(model.graph("transformer"), latent_shape(request, checkpoint), request))
+        sample = jax.jit(make_sampler(model.graph("transformer"), request, request.plan))
         jax.block_until_ready(sample(model.params("transformer"), keys, Conditions(texts[:-1]), texts[-1]))
     return heard

@@ -115,7 +115,7 @@ def encode_image(sizes: Models, runner: VaeRunner, parts: Parts) -> tuple[jax.Ar
     clip = RandomNetwork(sizes.clip)
     jax.block_until_ready((clip.load(), runner.network.load()))
     picture = np.random.default_rng(0).integers(0, 256, (sizes.height, sizes.width, 3), np.uint8)
-    condition = ImageConditioner(clip, runner, sizes.transformer.patch_size)
+    condition = ImageConditioner(clip, runner)
     result = parts("image", lambda: condition(picture, (sizes.frames, sizes.height, sizes.width), Clock()))
     clip.release()
     return result

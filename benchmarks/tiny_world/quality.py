@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.circumstances import circumstances
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
-from x2v_jax.request.resolve import resolve
+from x2v_jax.request.resolve import ResolvedRequest, resolve
 
 if TYPE_CHECKING:
     from benchmarks.tiny_world.examine import Examined
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[str, Any], bytes | None]:
+def measure(args: Any, checkpoint: Any, request: ResolvedRequest | None) -> tuple[dict[str, Any], bytes | None]:
     """Runs the measurement and prints the table.
 
     Args:
         args: as `--help` lists them.
         checkpoint: from `open_checkpoint`; None judges real videos only.
-        request: resolved, or None to measure the judge alone.
+        request: None to measure the judge alone.
 
     Returns:
         the JSON report, and the contact sheet as PNG (None without a request).
@@ -93,7 +93,7 @@ def measure(args: Any, checkpoint: Any, request: Request | None) -> tuple[dict[s
                 report["first_frame_psnr"] = first_frame_psnr(made.videos, frames)
             sheet = _sheet(made, texts)
             report["request"] = {
-                k: v for k, v in vars(request).items() if k not in ("prompt", "image") and v is not None
+                k: v for k, v in vars(request.completed).items() if k not in ("prompt", "image") and v is not None
             }
             report["seconds"] = _seconds(made) | model.seconds_per_video()
             report["network_calls"] = network_calls(request, checkpoint.schedule)
@@ -134,13 +134,13 @@ def first_frame_psnr(videos: Any, frames: Any) -> dict[str, float]:
     return {"mean": float(values.mean()), "lowest": float(values.min())}
 
 
-def network_calls(request: Request, schedule: Any) -> str:
+def network_calls(request: ResolvedRequest, schedule: Any) -> str:
     """How often the transformer is evaluated for a video, in words."""
-    steps = request.num_inference_steps or 0
+    steps = request.num_steps
     if schedule.causal is not None:
         clean = " + 1" if schedule.causal.context_timestep is not None else ""
         return f"{steps}{clean} network calls a block"
-    return f"{steps * (2 if request.is_guided else 1)} network calls a video"
+    return f"{steps * (2 if request.uses_guidance else 1)} network calls a video"
 
 
 def _sheet(made: "Examined", texts: Sequence[str]) -> bytes:
@@ -205,7 +205,7 @@ def _open(args: Any) -> Any:
     return open_checkpoint(args.checkpoint)
 
 
-def _request(args: Any, checkpoint: Any) -> Request:
+def _request(args: Any, checkpoint: Any) -> ResolvedRequest:
     import numpy as np
 
     asked = Request(

@@ -26,8 +26,7 @@ from x2v_jax.models.functional import Params, abstract, merge
 from x2v_jax.models.umt5 import Umt5Encoder
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.wan import WanModel
-from x2v_jax.request import Request
-from x2v_jax.request.resolve import latent_shape
+from x2v_jax.request.resolve import ResolvedRequest, WholePlan
 
 _KINDS = {
     "transformer": WanModel,
@@ -71,17 +70,16 @@ class ShapesModel:
         return self.checkpoint.config(name)
 
     def generate(
-        self, prompts: Sequence[str], request: Request, batch_size: int, frames: np.ndarray | None = None
+        self, prompts: Sequence[str], request: ResolvedRequest, batch_size: int, frames: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
         """Videos of the prompts, a batch at a time: uint8 [up to batch_size, F, H, W, 3].
 
         Args:
             prompts: one a video.
-            request: resolved. Its prompt is not used; video i has the seed `request.seed + i`.
+            request: its prompt is not used; video i has the seed `request.seed + i`.
             batch_size: videos that are sampled together. The last batch is filled up, so that one program serves all.
             frames: first frames uint8 [N, H, W, 3], image-to-video only.
         """
-        assert request.seed is not None and request.negative_prompt is not None  # resolved
         texts = np.asarray(self.encode_text([*prompts, request.negative_prompt]))
         images = None if frames is None else first_frame_conditions(self.checkpoint, frames)
         sample = jax.jit(self._sampler(request))
@@ -116,11 +114,10 @@ class ShapesModel:
             again = np.asarray(to_uint8(self._reconstruct(self._params["vae"], videos[rows])))
             yield again[: len(videos) - rows[0]]
 
-    def _sampler(self, request: Request) -> Any:
+    def _sampler(self, request: ResolvedRequest) -> Any:
         graph, schedule = self.graph("transformer"), self.checkpoint.schedule
-        if schedule.causal is None:
-            return make_sampler(graph, latent_shape(request, self.checkpoint), request)
-        assert request.denoising_step_list and request.shift and request.num_frames  # resolved
+        if isinstance(request.plan, WholePlan):
+            return make_sampler(graph, request, request.plan)
         config, causal = self.config("transformer"), schedule.causal
         vae = self.config("vae")
         shape = (
@@ -129,21 +126,18 @@ class ShapesModel:
             schedule.width // vae.spatial_stride,
             vae.z_dim,
         )
-        sigmas = step_distill.step_sigmas(
-            request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step)
-        )
         rollout = BlockByBlock(
             graph,
             config,
             shape,
-            tuple(map(float, sigmas)),
+            request.plan.sigmas,
             block=causal.block,
             context_timestep=causal.context_timestep or 0.0,
         )
 
         def sample(params: Params, keys: jax.Array, conditions: Conditions, negative: jax.Array) -> jax.Array:
             batch = Batch(conditions, jnp.arange(len(keys)))
-            return rollout.videos(params, batch, keys, jnp.int32(len(sigmas) - 1))
+            return rollout.videos(params, batch, keys, jnp.int32(request.num_steps - 1))
 
         return sample
 
@@ -160,36 +154,35 @@ def first_frame_conditions(checkpoint: Any, frames: np.ndarray) -> FirstFrameCon
     return FirstFrameConditions(checkpoint.path, encode_frames(checkpoint, frames), checkpoint)
 
 
-def make_sampler(graphdef: nnx.GraphDef, shape: tuple[int, ...], request: Request) -> Any:
+def make_sampler(graphdef: nnx.GraphDef, request: ResolvedRequest, plan: WholePlan) -> Any:
     """The request's sampler as a pure function (params, keys [B], conditions, negative text [L, D]) -> latents.
 
     Args:
         graphdef: of a WanModel.
-        shape: [f, h, w, C] of one video's latents.
-        request: resolved; says steps, shift and guidance.
+        request: says size and guidance.
+        plan: the request's, says the sampler.
     """
-    guidance, shift, steps = request.guidance_scale, request.shift, request.num_inference_steps
-    assert guidance is not None and shift is not None and steps is not None  # resolved
+    guidance, shape = request.guidance_scale, request.latent_shape
 
     def sample(params: Params, keys: jax.Array, conditions: Conditions, negative: jax.Array) -> jax.Array:
         model = merge(graphdef, params)
-        if request.is_guided:
+        if request.uses_guidance:
             without = conditions._replace(text=jnp.broadcast_to(negative, conditions.text.shape))
             conditions = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), without, conditions)
 
         def velocity(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-            if request.is_guided:
+            if request.uses_guidance:
                 latents = jnp.concatenate([latents, latents])
             answer = velocity_of(model, latents, timestep, conditions)
-            if not request.is_guided:
+            if not request.uses_guidance:
                 return answer
             unconditional, conditional = jnp.split(answer, 2)
             return guided_velocity(unconditional, conditional, guidance)
 
         noise = jax.vmap(lambda key: initial_noise(key, shape))(keys)
-        if request.denoising_step_list is None:
-            return unipc.sample(velocity, noise, unipc.unipc_table(steps, shift))
-        sigmas = step_distill.step_sigmas(request.denoising_step_list, shift, warp=bool(request.warp_denoising_step))
+        if plan.sampler == "unipc":
+            return unipc.sample(velocity, noise, unipc.unipc_table(len(plan.sigmas), plan.shift))
+        sigmas = np.asarray(plan.sigmas, np.float32)
         return step_distill.sample(
             velocity, noise, sigmas, lambda step: jax.vmap(lambda key: step_noise(key, step, shape))(keys)
         )

@@ -86,7 +86,7 @@ def test_the_autoregressive_file_fits_the_checkpoint_that_it_is_for():
     model: Any = types.SimpleNamespace(
         task="t2v", variant="causvid", schedule=SCHEDULES["causvid"], config=networks.__getitem__, has=lambda name: True
     )
-    request = resolve(Request(**requested(CAUSVID)), model)
+    request = resolve(Request(**requested(CAUSVID)), model).completed
     assert request.num_frames == 225 and request.rollout_mode == "fragments" and request.shift == 8
     for change, message in (
         ({"frame_seq_length": 3600}, "frame_seq_length is 3600"),

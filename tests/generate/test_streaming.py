@@ -16,12 +16,12 @@ from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadat
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.errors import UserError
 from x2v_jax.generate import blocks as streaming
-from x2v_jax.generate.block_inputs import fit
 from x2v_jax.generate.vae import StreamDecoder
 from x2v_jax.media import tensor_files
 from x2v_jax.media.video import write_video
 from x2v_jax.models.config import CausalSchedule
 from x2v_jax.request import Request
+from x2v_jax.request.inputs import fit
 
 PROMPT = "a red circle moves left"
 PICTURE = np.random.default_rng(5).integers(0, 255, (32, 48, 3), np.uint8)

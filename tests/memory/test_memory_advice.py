@@ -10,10 +10,11 @@ import pytest
 import tiny_models
 
 from x2v_jax import Pipeline
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.memory import predict
-from x2v_jax.memory.need import Needs
+from x2v_jax.memory.need import Needs, block_sizes
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
@@ -48,7 +49,11 @@ def needs(pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] |
     if full_size:
         configs |= {"transformer": WanConfig.t2v_14b(), "vae": VaeConfig()}
         latents = (21, 90, 160)
-    return Needs(pipeline.checkpoint, configs, latents, request, RunOptions.of(options or {}))
+    chosen = RunOptions.of(options or {})
+    blocks = None
+    if isinstance(request.plan, RolloutPlan):
+        blocks = block_sizes(request.plan, request.kv_cache or chosen.dtype, request.inputs.encoded_frames_from)
+    return Needs(pipeline.checkpoint, configs, latents, request.uses_guidance, True, blocks, chosen)
 
 
 def exhausted(*_: Any, **__: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
 from x2v_jax.request import Request
-from x2v_jax.request.resolve import latent_shape, resolve
+from x2v_jax.request.resolve import resolve
 
 BASE = Schedule(num_inference_steps=50, shift=8.0, guidance_scale=6.0, negative_prompt="ugly")
 DISTILLED = Schedule(
@@ -39,6 +39,10 @@ def model(
     )
 
 
+def completed(request: Request, of: Any, **options: Any) -> Request:
+    return resolve(request, of, **options).completed
+
+
 def problem(request: Request, of: Any, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         resolve(request, of, **options)
@@ -46,35 +50,35 @@ def problem(request: Request, of: Any, **options: Any) -> str:
 
 
 def test_empty_fields_are_filled_from_the_schedule():
-    resolved = resolve(Request("a cat"), model())
+    resolved = completed(Request("a cat"), model())
     assert (resolved.height, resolved.width, resolved.num_frames, resolved.fps) == (480, 832, 81, 16)
     assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.shift) == (50, 6.0, 8.0)
     assert resolved.negative_prompt == "ugly"
-    assert resolved.denoising_step_list is None and not resolved.is_step_distill and resolved.is_guided
-    assert latent_shape(resolved, model()) == (21, 60, 104, 16)
+    assert resolved.denoising_step_list is None and resolved.uses_guidance
+    assert resolve(Request("a cat"), model()).latent_shape == (21, 60, 104, 16)
 
 
 def test_given_fields_win_over_the_schedule():
-    resolved = resolve(Request("a cat", height=720, width=1280, guidance_scale=3, shift=5, seed=9, fps=24), model())
+    resolved = completed(Request("a cat", height=720, width=1280, guidance_scale=3, shift=5, seed=9, fps=24), model())
     assert (resolved.height, resolved.width, resolved.guidance_scale, resolved.shift) == (720, 1280, 3.0, 5.0)
     assert (resolved.seed, resolved.fps, resolved.num_frames) == (9, 24, 81)
 
 
 def test_distilled_checkpoints_bring_their_steps_and_no_guidance():
-    resolved = resolve(Request("a cat"), model(DISTILLED))
+    resolved = completed(Request("a cat"), model(DISTILLED))
     assert resolved.denoising_step_list == (1000, 750, 500, 250)
-    assert resolved.num_inference_steps == 4 and not resolved.is_guided and resolved.negative_prompt == ""
+    assert resolved.num_inference_steps == 4 and not resolved.uses_guidance and resolved.negative_prompt == ""
     assert resolved.warp_denoising_step is True
 
 
 def test_resolving_twice_changes_nothing():
     for schedule in (BASE, DISTILLED):
-        once = resolve(Request("a cat"), model(schedule))
-        assert resolve(once, model(schedule)) == once
+        once = completed(Request("a cat"), model(schedule))
+        assert completed(once, model(schedule)) == once
 
 
 def test_a_missing_seed_is_drawn_and_kept():
-    seeds = {resolve(Request("a cat"), model()).seed for _ in range(4)}
+    seeds = {completed(Request("a cat"), model()).seed for _ in range(4)}
     assert len(seeds) > 1 and all(seed is not None and 0 <= seed < 2**32 for seed in seeds)
 
 
@@ -131,26 +135,26 @@ def test_what_contradicts_a_distilled_schedule_is_refused_unless_insisted_on(fie
     request = Request("a cat", **fields)
     message = problem(request, model(DISTILLED))
     assert expected in message and "set allow_mismatch to true" in message
-    resolved = resolve(request, model(DISTILLED), allow_mismatch=True)
+    resolved = completed(request, model(DISTILLED), allow_mismatch=True)
     assert all(getattr(resolved, name) == value for name, value in fields.items())
 
 
 def test_what_agrees_with_a_distilled_schedule_is_accepted():
     fields = {"guidance_scale": 1, "denoising_step_list": (1000, 750, 500, 250), "num_inference_steps": 4, "shift": 5}
-    resolved = resolve(Request("a cat", **fields), model(DISTILLED))
+    resolved = completed(Request("a cat", **fields), model(DISTILLED))
     assert resolved.denoising_step_list == (1000, 750, 500, 250)
 
 
 def test_another_step_count_insisted_on_means_unipc():
-    resolved = resolve(Request("a cat", num_inference_steps=20), model(DISTILLED), allow_mismatch=True)
-    assert not resolved.is_step_distill and resolved.num_inference_steps == 20
+    resolved = completed(Request("a cat", num_inference_steps=20), model(DISTILLED), allow_mismatch=True)
+    assert resolved.denoising_step_list is None and resolved.num_inference_steps == 20
 
 
 def test_a_distillation_lora_makes_a_step_list_fit_the_base_model():
     request = Request("a cat", denoising_step_list=(1000, 750, 500, 250), shift=5.0)
-    resolved = resolve(request, model(), has_loras=True)
-    assert resolved.num_inference_steps == 4 and not resolved.is_guided
-    without_shift = resolve(dataclasses.replace(request, shift=None), model(), has_loras=True)
+    resolved = completed(request, model(), has_loras=True)
+    assert resolved.num_inference_steps == 4 and not resolved.uses_guidance
+    without_shift = completed(dataclasses.replace(request, shift=None), model(), has_loras=True)
     assert without_shift == dataclasses.replace(resolved, seed=without_shift.seed)
     guided = dataclasses.replace(request, guidance_scale=5.0)
     assert "whose sampler has none" in problem(guided, model(), has_loras=True)
@@ -158,16 +162,16 @@ def test_a_distillation_lora_makes_a_step_list_fit_the_base_model():
 
 def test_lists_that_are_warped_already_stay_so():
     schedule = dataclasses.replace(DISTILLED, denoising_step_list=(999, 500), warp_denoising_step=False)
-    assert resolve(Request("a cat"), model(schedule)).warp_denoising_step is False
+    assert completed(Request("a cat"), model(schedule)).warp_denoising_step is False
     as_list: Any = [999, 500]
-    given = resolve(Request("a cat", denoising_step_list=as_list), model(schedule))
+    given = completed(Request("a cat", denoising_step_list=as_list), model(schedule))
     assert given.warp_denoising_step is False and given.denoising_step_list == (999, 500)
 
 
 def test_image_to_video_needs_an_image_and_takes_any_area():
     assert "image is missing" in problem(Request("a cat"), model(task="i2v"))
     image = np.zeros((30, 20, 3), np.uint8)
-    resolved = resolve(Request("a cat", image=image, height=470, width=830), model(task="i2v"))
+    resolved = completed(Request("a cat", image=image, height=470, width=830), model(task="i2v"))
     assert (resolved.height, resolved.width) == (470, 830)
     assert "image is '/no/such.png'" in problem(Request("a cat", image="/no/such.png"), model(task="i2v"))
 
@@ -210,7 +214,7 @@ def test_empty_and_long_prompts_are_accepted():
 
 def test_a_negative_prompt_without_guidance_is_pointed_out():
     with pytest.warns(UserWarning, match="no effect"):
-        resolve(Request("a cat", negative_prompt="dogs"), model(DISTILLED))
+        completed(Request("a cat", negative_prompt="dogs"), model(DISTILLED))
 
 
 def test_requests_are_checked_without_jax():

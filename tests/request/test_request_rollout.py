@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
 from x2v_jax.request import Request
-from x2v_jax.request.causal import rollout_plan
-from x2v_jax.request.resolve import latent_shape, resolve
+from x2v_jax.request.resolve import ResolvedRequest, resolve
 
 STEPS = (1000, 750, 500, 250)
 SLIDING = Schedule(
@@ -35,8 +35,18 @@ def model(schedule: Schedule = SLIDING, *, task: str = "t2v") -> Any:
     )
 
 
-def resolved(of: Schedule = SLIDING, **fields: Any) -> Request:
+def decided(of: Schedule = SLIDING, **fields: Any) -> ResolvedRequest:
     return resolve(Request("a cat", seed=0, **fields), model(of))
+
+
+def completed(of: Schedule = SLIDING, **fields: Any) -> Request:
+    return decided(of, **fields).completed
+
+
+def plan_of(of: Schedule = SLIDING, **fields: Any) -> RolloutPlan:
+    plan = decided(of, **fields).plan
+    assert isinstance(plan, RolloutPlan)
+    return plan
 
 
 def problem(of: Schedule = SLIDING, task: str = "t2v", **fields: Any) -> str:
@@ -46,12 +56,12 @@ def problem(of: Schedule = SLIDING, task: str = "t2v", **fields: Any) -> str:
 
 
 def test_empty_fields_are_filled_from_the_schedule():
-    request = resolved()
+    request = completed()
     assert (request.rollout_mode, request.rollout_window, request.rollout_sink) == ("sliding", 21, 0)
     assert (request.rollout_positions, request.context_noise, request.num_frame_per_block) == ("relative", 0.0, 3)
     assert request.num_frames == 81 and request.kv_cache is None
-    assert latent_shape(request, model()) == (21, 60, 104, 16)
-    plan = rollout_plan(request, SLIDING.causal)  # type: ignore[arg-type]
+    assert decided().latent_shape == (21, 60, 104, 16)
+    plan = plan_of()
     assert (plan.block, plan.mode, plan.window, plan.context_timestep, plan.num_steps) == (3, "sliding", 21, 0.0, 4)
     assert plan.sigmas == pytest.approx((1.0, 0.9375, 0.8333333, 0.625))
 
@@ -59,8 +69,8 @@ def test_empty_fields_are_filled_from_the_schedule():
 @pytest.mark.parametrize("schedule", [SLIDING, FRAGMENTS, ALONE])
 @pytest.mark.parametrize("fields", [{}, {"seconds": 7.0}, {"endless": True}, {"prompt_schedule": [[2, "a dog"]]}])
 def test_resolving_twice_changes_nothing(schedule: Schedule, fields: dict[str, Any]):
-    once = resolved(schedule, **fields)
-    assert resolve(once, model(schedule)) == once
+    once = completed(schedule, **fields)
+    assert resolve(once, model(schedule)).completed == once
 
 
 @pytest.mark.parametrize(
@@ -86,17 +96,17 @@ def test_resolving_twice_changes_nothing(schedule: Schedule, fields: dict[str, A
     ],
 )
 def test_the_length_is_whole_blocks(schedule: Schedule, fields: dict[str, Any], frames: int | None):
-    assert resolved(schedule, **fields).num_frames == frames
+    assert completed(schedule, **fields).num_frames == frames
 
 
 def test_a_continuation_counts_what_it_adds(tmp_path: Any):
     file = tmp_path / "l.safetensors"
     file.touch()
-    assert resolved(continue_from=file).num_frames == 84
-    assert resolved(continue_from=file, seconds=1.0).num_frames == 24
-    assert resolved(FRAGMENTS, continue_from=file, num_fragments=1).num_frames == 72
-    assert resolved(continue_from=file, rollout_mode="full").num_frames == 72
-    assert latent_shape(resolved(continue_from=file, num_frames=12), model()) == (3, 60, 104, 16)
+    assert completed(continue_from=file).num_frames == 84
+    assert completed(continue_from=file, seconds=1.0).num_frames == 24
+    assert completed(FRAGMENTS, continue_from=file, num_fragments=1).num_frames == 72
+    assert completed(continue_from=file, rollout_mode="full").num_frames == 72
+    assert decided(continue_from=file, num_frames=12).latent_shape == (3, 60, 104, 16)
     message = problem(continue_from=file, num_frames=81)
     assert "num_frames is 81; this model makes multiples of 12 when it continues a video: use 84 or 72" in message
     assert "image and continue_from are both given" in problem(continue_from=file, image=PICTURE)
@@ -104,18 +114,18 @@ def test_a_continuation_counts_what_it_adds(tmp_path: Any):
 
 
 def test_an_image_is_the_start_of_a_text_to_video_model():
-    assert resolved(image=PICTURE).num_frames == 81
+    assert completed(image=PICTURE).num_frames == 81
     assert "num_frames is 9, which the image fills alone; give at least 21" in problem(image=PICTURE, num_frames=9)
     assert "which the image fills alone; give at least 13" in problem(ALONE, image=PICTURE, num_frames=1)
 
 
 def test_no_clean_pass_is_minus_one():
-    request = resolved(context_noise=-1)
+    request = completed(context_noise=-1)
     assert request.context_noise == -1.0
-    assert rollout_plan(request, SLIDING.causal).context_timestep is None  # type: ignore[arg-type]
+    assert plan_of(context_noise=-1).context_timestep is None
     noisy = dataclasses.replace(SLIDING, causal=CausalSchedule(context_timestep=None))
-    assert resolved(noisy).context_noise == -1.0
-    assert resolved(noisy, context_noise=0).context_noise == 0.0
+    assert completed(noisy).context_noise == -1.0
+    assert completed(noisy, context_noise=0).context_noise == 0.0
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,7 @@ def test_files_that_need_a_length_or_the_encoder_are_refused(tmp_path: Any):
 
 def test_what_contradicts_the_training_runs_when_insisted_on():
     fields: dict[str, Any] = {"rollout_window": 42, "num_frame_per_block": 6}
-    request = resolve(Request("a cat", **fields), model(), allow_mismatch=True)
+    request = resolve(Request("a cat", **fields), model(), allow_mismatch=True).completed
     assert (request.rollout_window, request.num_frame_per_block, request.num_frames) == (42, 6, 69)
     for more, expected in [({"guidance_scale": 5.0}, "has no guidance"), ({"num_inference_steps": 9}, "is missing")]:
         with pytest.raises(UserError, match=expected):
@@ -208,5 +218,5 @@ def test_causal_image_to_video_checkpoints_are_refused():
 
 
 def test_requests_and_files_are_checked_without_jax():
-    code = "import sys, x2v_jax.block_inputs, x2v_jax.latents_file, x2v_jax.request; sys.exit('jax' in sys.modules)"
+    code = "import sys, x2v_jax.request.resolve, x2v_jax.media.latents_file; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

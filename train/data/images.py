@@ -155,5 +155,4 @@ def _conditioner(checkpoint: "NativeCheckpoint", compute: str) -> Any:
 
     config, tensors = checkpoint.config("image_encoder"), checkpoint.tensors("image_encoder")
     clip = Network("image_encoder", config, tensors, dtype=compute)
-    patch = checkpoint.config("transformer").patch_size if checkpoint.has("transformer") else (1, 2, 2)
-    return ImageConditioner(clip, make_vae_runner(checkpoint), patch)
+    return ImageConditioner(clip, make_vae_runner(checkpoint))

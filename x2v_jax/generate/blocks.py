@@ -21,16 +21,16 @@ from jaxtyping import Array, Float
 from x2v_jax.diffusion.rollout import ChangeFn, NoiseFn, RenoiseFn, Rollout, draw_between, draw_initial, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
-from x2v_jax.generate import earlier_video
-from x2v_jax.generate.block_inputs import BlockInputs
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.vae import StreamDecoder, VaeRunner
 from x2v_jax.media.latents_file import LatentsFile
 from x2v_jax.models.functional import Params
-from x2v_jax.request import Request
+from x2v_jax.request import earlier_video
 from x2v_jax.request.causal import pixel_frames
+from x2v_jax.request.inputs import BlockInputs
+from x2v_jax.request.resolve import ResolvedRequest
 
 Given = Float[Array, "1 f h w c"]
 
@@ -76,13 +76,12 @@ class BlockStreamer:
         return self._rollouts[key]
 
     def stream(
-        self, request: Request, inputs: BlockInputs, texts: Sequence[np.ndarray], clock: Clock
+        self, request: ResolvedRequest, inputs: BlockInputs, texts: Sequence[np.ndarray], clock: Clock
     ) -> Generator[Block]:
         """The blocks of a video.
 
         Args:
-            request: resolved.
-            inputs: from `read_inputs`.
+            inputs: what the request starts from.
             texts: embeddings [L, D] of the prompt and of those of prompt_schedule.
             clock: has the time of what came before; takes that of "load" and "image".
 
@@ -96,8 +95,7 @@ class BlockStreamer:
         with clock("load"):
             params = self._transformer.load()
         decoder = self._vae.stream(inputs.latent_size)
-        if inputs.earlier is not None:
-            assert before is not None
+        if inputs.earlier is not None and before is not None:
             decoder(before)  # so that the first new frame is decoded as any later one
         queue = self._queue(request, inputs, texts, params, before)
         blocks = self._decoded(queue, decoder, inputs, clock)
@@ -108,7 +106,7 @@ class BlockStreamer:
                     file.append(block.latents, block.state)
                 yield block
 
-    def programs(self, request: Request, inputs: BlockInputs) -> Iterator[Program]:
+    def programs(self, request: ResolvedRequest, inputs: BlockInputs) -> Iterator[Program]:
         """What making a video compiles, apart from its text and picture."""
         rollout = self.rollout(inputs.plan, inputs.latent_size, request.kv_cache or self._transformer.dtype)
         params, config = self._transformer.shapes, self._transformer.config
@@ -139,23 +137,25 @@ class BlockStreamer:
             return self._encoded(still)
         if inputs.earlier is None:
             return None
-        if inputs.earlier.latents is not None:
-            return jnp.asarray(inputs.earlier.latents)[None]
-        assert inputs.earlier.frames is not None
-        return self._encoded(inputs.earlier.frames)
+        tail = inputs.earlier.tail
+        return jnp.asarray(tail)[None] if inputs.earlier.is_encoded else self._encoded(tail)
 
     def _encoded(self, frames: np.ndarray) -> Given:
         video = frames[None].astype(np.float32) / np.float32(127.5) - 1
         return jax.block_until_ready(jnp.asarray(self._vae.encode(video), jnp.float32))
 
     def _queue(
-        self, request: Request, inputs: BlockInputs, texts: Sequence[np.ndarray], params: Params, before: Given | None
+        self,
+        request: ResolvedRequest,
+        inputs: BlockInputs,
+        texts: Sequence[np.ndarray],
+        params: Params,
+        before: Given | None,
     ) -> Generator[Array]:
         """Latents of the blocks of the video in order; they may still be in the making when they come."""
         rollout = self.rollout(inputs.plan, inputs.latent_size, request.kv_cache or self._transformer.dtype)
         given = None if before is None else before[:, before.shape[1] - inputs.given :]
-        if inputs.picture is not None:
-            assert given is not None
+        if inputs.picture is not None and given is not None:
             yield given
         context = rollout.prepare(params, jnp.asarray(texts[0])[None])
         noise, renoise = _noises(request, inputs)
@@ -163,14 +163,18 @@ class BlockStreamer:
         yield from rollout.stream(params, context, noise, renoise, inputs.num_frames, given=given, change=change)
 
     def _changes(
-        self, request: Request, inputs: BlockInputs, rollout: Rollout, params: Params, texts: Sequence[np.ndarray]
+        self,
+        request: ResolvedRequest,
+        inputs: BlockInputs,
+        rollout: Rollout,
+        params: Params,
+        texts: Sequence[np.ndarray],
     ) -> ChangeFn | None:
         if not request.prompt_schedule:
             return None
         due = deque((second, text) for (second, _), text in zip(request.prompt_schedule, texts, strict=True))
         stride, follows = self._vae.network.config.temporal_stride, inputs.earlier is not None
         fps = request.fps
-        assert fps is not None  # resolved
 
         def change(latent_frames: int) -> Any:
             made = latent_frames - inputs.given if follows else latent_frames
@@ -182,8 +186,8 @@ class BlockStreamer:
 
         return change
 
-    def _latents_file(self, request: Request, inputs: BlockInputs, before: Given | None) -> LatentsFile | None:
-        if request.save_latents is None:
+    def _latents_file(self, request: ResolvedRequest, inputs: BlockInputs, before: Given | None) -> LatentsFile | None:
+        if not request.save_latents:
             return None
         context = None if inputs.earlier is None or before is None else np.asarray(before[0])
         keep = earlier_video.tail_frames(inputs.plan, self._vae.network.config) if request.endless else None
@@ -258,9 +262,8 @@ def collect(
     return np.concatenate(frames), np.concatenate(latents), seconds
 
 
-def _noises(request: Request, inputs: BlockInputs) -> tuple[NoiseFn, RenoiseFn]:
+def _noises(request: ResolvedRequest, inputs: BlockInputs) -> tuple[NoiseFn, RenoiseFn]:
     """Noise by the block's number in the rollout. The seed's noise goes on where that of the earlier video ended."""
-    assert request.seed is not None  # resolved
     initial, between = keyed_noise(jax.random.key(request.seed))
     given = inputs.blocks_of(inputs.given)
     ahead = 0 if inputs.earlier is None else inputs.earlier.num_blocks - given

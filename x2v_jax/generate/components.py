@@ -5,22 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
-from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.denoise import Denoiser
 from x2v_jax.generate.image import ImageConditioner
 from x2v_jax.generate.network import Lora, Network, describe_networks
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
-from x2v_jax.media import tensor_files
 from x2v_jax.ops import support
-from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.resolve import latent_shape
 
 
 class Parts:
@@ -90,41 +85,8 @@ class Parts:
     @property
     def images(self) -> ImageConditioner:
         if self._images is None:
-            patch_size = self.network("transformer").config.patch_size
-            self._images = ImageConditioner(self.network("image_encoder"), self.vae, patch_size)
+            self._images = ImageConditioner(self.network("image_encoder"), self.vae)
         return self._images
-
-    def texts(self, request: Request, clock: Clock) -> list[np.ndarray]:
-        """Embeddings [L, D] of a resolved request's texts: with guidance the negative prompt first; then the prompt,
-        and those that come later in the video.
-
-        Raises:
-            UserError: the file of embeddings or the tokenizer does not fit.
-        """
-        if request.text_embeddings is None:
-            return self.prompts(prompts_of(request), clock)
-        transformer = self.network("transformer").config
-        given = tensor_files.read_text_embeddings(request.text_embeddings, transformer.text_len, transformer.text_dim)
-        if not request.is_guided:
-            return [given["text"]]
-        negative = given.get("negative_text")
-        if negative is None:
-            negative = self.prompts([request.negative_prompt or ""], clock)[0]
-        return [negative, given["text"]]
-
-    def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
-        """[frames, height, width, channels] of the latents of a resolved request; see `request.latent_shape`."""
-        frames, height, width, channels = latent_shape(request, self.checkpoint)
-        if self.checkpoint.task == "i2v":
-            assert request.height and request.width  # resolved
-            height, width = self.images.latent_size(request.image, request.height * request.width)
-        return frames, height, width, channels
-
-    def output_size(self, request: Request) -> tuple[int | None, int, int]:
-        """Frames (None: endless), height and width in pixels of the video that a resolved request gives."""
-        _, height, width, _ = self.latent_shape(request)
-        stride = self.network("vae").config.spatial_stride
-        return request.num_frames, height * stride, width * stride
 
     def release_encoders(self) -> None:
         """Gives back what text and image encoder take of the device, unless they are to be kept."""
@@ -157,9 +119,3 @@ class Parts:
             f"the latents {where} hold NaN or infinity: the checkpoint's weights are damaged, or "
             f"overflow in {options.dtype}; {advice}"
         )
-
-
-def prompts_of(request: Request) -> list[str]:
-    """The texts to encode; see `Parts.texts`."""
-    first = [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
-    return [*first, *(prompt for _, prompt in request.prompt_schedule)]

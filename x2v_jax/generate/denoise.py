@@ -26,6 +26,7 @@ from x2v_jax.models import functional
 
 OnStep = Callable[[int, int, Array], None]
 Latents = Float[Array, "1 f h w c"]
+Start = Float[Array | np.ndarray, "1 f h w c"]  # drawn on the device, or read from a file
 
 
 class NotFinite(ArithmeticError):
@@ -73,11 +74,25 @@ class Denoiser:
         """A request's initial noise [1, f, h, w, C], and its key."""
         return self._draw(np.uint32(seed), shape=shape)
 
+    def sample(
+        self,
+        params: functional.Params,
+        conditions: Conditions,
+        initial: Start,
+        renoise: Key[Array, ""] | Float[np.ndarray, "s f h w c"],
+        schedule: np.ndarray | unipc.Coefficients,
+        on_step: OnStep | None = None,
+    ) -> Latents:
+        """With the sampler that the schedule belongs to: UniPC's table, or noise levels of step distillation."""
+        if isinstance(schedule, unipc.Coefficients):
+            return self.sample_unipc(params, conditions, initial, schedule, on_step)
+        return self.sample_step_distill(params, conditions, initial, schedule, renoise, on_step)
+
     def sample_step_distill(
         self,
         params: functional.Params,
         conditions: Conditions,
-        initial: Latents,
+        initial: Start,
         sigmas: np.ndarray,
         renoise: Key[Array, ""] | Float[np.ndarray, "s f h w c"],
         on_step: OnStep | None = None,
@@ -94,7 +109,7 @@ class Denoiser:
         """
         if on_step is None:
             return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas))
-        latents, count = initial, len(sigmas)
+        latents, count = jnp.asarray(initial), len(sigmas)
         for i, sigma in enumerate(sigmas):
             # At the last step level 0 of no noise leaves x0 as it is, so that one program serves all steps.
             last = i + 1 == count
@@ -108,7 +123,7 @@ class Denoiser:
         self,
         params: functional.Params,
         conditions: Conditions,
-        initial: Latents,
+        initial: Start,
         table: unipc.Coefficients,
         on_step: OnStep | None = None,
     ) -> Latents:

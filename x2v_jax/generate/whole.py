@@ -1,4 +1,4 @@
-"""Videos that are made all frames at once: conditions and noise -> sampler -> latents, which stay on the device."""
+"""Videos that are made all frames at once: what the stages of `Pipeline.generate` start from, and what they compile."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,107 +6,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key
 
-from x2v_jax.diffusion import image_condition, step_distill, unipc
-from x2v_jax.generate.clock import Clock
+from x2v_jax.diffusion import image_condition, unipc
 from x2v_jax.generate.components import Parts
-from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep
+from x2v_jax.generate.denoise import Conditions, Start
 from x2v_jax.generate.programs import Program
-from x2v_jax.media import tensor_files
-from x2v_jax.request import Request
+from x2v_jax.request.resolve import ResolvedRequest, WholePlan
 
-_pin_first_frame = jax.jit(image_condition.pin_first_frame, donate_argnums=(0,))
+Renoise = Key[Array, ""] | Float[np.ndarray, "s f h w c"]
+
+pin_first_frame = jax.jit(image_condition.pin_first_frame, donate_argnums=(0,))
 
 
-def make_latents(parts: Parts, request: Request, clock: Clock, on_step: OnStep | None) -> Array:
-    """Latents [1, f, h, w, C] of a resolved request, on the device.
+def schedule(plan: WholePlan) -> np.ndarray | unipc.Coefficients:
+    """Noise levels float32 [S] of the step-distill sampler, or UniPC's table."""
+    if plan.sampler == "step_distill":
+        return np.asarray(plan.sigmas, np.float32)
+    return unipc.unipc_table(len(plan.sigmas), plan.shift)
 
-    Args:
-        clock: takes the time of "load", "text", "image" and "denoise".
-        on_step: see `Denoiser.sample_step_distill`.
+
+def noise(parts: Parts, request: ResolvedRequest, plan: WholePlan) -> tuple[Start, Renoise]:
+    """What to start from, and what is added between steps: the noise itself, or the key that gives it.
 
     Raises:
-        UserError: a file that the request names does not fit, or the latents are not finite.
+        UserError: the file of noise does not fit.
     """
-    initial, renoise = _noise(parts, request)  # first, so that a file that does not fit costs no loading
-    conditions = _conditions(parts, request, clock)
-    parts.release_encoders()
-    with clock("load"):
-        params = parts.network("transformer").load()
-    with clock("denoise"):
-        schedule = _schedule(request)
-        sampler: Any = parts.denoiser.sample_unipc
-        arguments = (params, conditions, initial, schedule)
-        if not isinstance(schedule, unipc.Coefficients):
-            sampler, arguments = parts.denoiser.sample_step_distill, (*arguments, renoise)
-        try:
-            latents = sampler(*arguments, on_step)
-        except NotFinite as error:
-            raise parts.not_finite(f"after {error}") from None
-        if request.pin_first_frame and conditions.image_latents is not None:
-            latents = _pin_first_frame(latents, conditions.image_latents)
-        return latents
+    shape = request.latent_shape
+    drawn, key = parts.denoiser.draw(request.seed, (1, *shape))
+    given = request.inputs.noise(shape, len(plan.sigmas) if plan.sampler == "step_distill" else None)
+    if given is None:
+        return drawn, key
+    initial, between = given
+    return np.ascontiguousarray(initial)[None], key if between is None else between
 
 
-def programs(parts: Parts, request: Request, *, watched: bool) -> Iterator[Program]:
-    """What making a resolved request's video compiles.
+def programs(parts: Parts, request: ResolvedRequest, plan: WholePlan, *, watched: bool) -> Iterator[Program]:
+    """What making a video compiles, but its texts' embeddings.
 
     Args:
         watched: whether there will be an on_step.
     """
-    if request.text_embeddings is None:
-        yield from parts.prompts.programs()
-    shape = (1, *parts.latent_shape(request))
+    shape = (1, *request.latent_shape)
     transformer = parts.network("transformer")
     config = transformer.config
-    text: Any = jax.ShapeDtypeStruct((1 + request.is_guided, config.text_len, config.text_dim), jnp.float32)
+    text: Any = jax.ShapeDtypeStruct((len(request.prompts), config.text_len, config.text_dim), jnp.float32)
     conditions = Conditions(text, jax.ShapeDtypeStruct((), jnp.float32))
     if parts.checkpoint.task == "i2v":
-        frames, height, width = parts.output_size(request)
-        assert frames is not None  # only block-by-block videos are endless
-        for program in parts.images.programs((frames, height, width)):
+        stride = parts.network("vae").config.spatial_stride
+        for program in parts.images.programs((request.num_frames, shape[2] * stride, shape[3] * stride)):
             yield program
             made = jax.eval_shape(lambda *a, p=program: p.function(*a, **(p.static or {})), *program.arguments)
             name = "image_features" if program.name == "image encoder" else "image_latents"
             conditions = conditions._replace(**{name: made})
-    schedule = _schedule(request)
-    yield from parts.denoiser.programs(transformer.shapes, conditions, shape, schedule, watched=watched)
+    yield from parts.denoiser.programs(transformer.shapes, conditions, shape, schedule(plan), watched=watched)
     if request.pin_first_frame and conditions.image_latents is not None:
         latents = jax.ShapeDtypeStruct(shape, jnp.float32)
-        yield Program("first frame", _pin_first_frame, (latents, conditions.image_latents))
+        yield Program("first frame", pin_first_frame, (latents, conditions.image_latents))
     yield from parts.vae.programs(shape)
-
-
-def _schedule(request: Request) -> np.ndarray | unipc.Coefficients:
-    """Noise levels of the step-distill sampler, or UniPC's table."""
-    assert request.shift is not None  # resolved
-    if request.denoising_step_list is not None:
-        warp = bool(request.warp_denoising_step)
-        return step_distill.step_sigmas(request.denoising_step_list, request.shift, warp=warp)
-    assert request.num_inference_steps  # resolved
-    return unipc.unipc_table(request.num_inference_steps, request.shift)
-
-
-def _noise(parts: Parts, request: Request) -> tuple[Any, Any]:
-    """What to start from, and the noise to add between steps or the key that gives it."""
-    shape = parts.latent_shape(request)
-    assert request.seed is not None  # resolved
-    drawn, key = parts.denoiser.draw(request.seed, (1, *shape))
-    if request.initial_noise is None:
-        return drawn, key
-    steps = len(request.denoising_step_list) if request.denoising_step_list is not None else None
-    initial, renoise = tensor_files.read_noise(request.initial_noise, shape, steps)
-    return np.ascontiguousarray(initial)[None], key if renoise is None else renoise
-
-
-def _conditions(parts: Parts, request: Request, clock: Clock) -> Conditions:
-    assert request.guidance_scale is not None  # resolved
-    text = jax.device_put(np.stack(parts.texts(request, clock)))
-    conditions = Conditions(text, np.float32(request.guidance_scale))
-    if parts.checkpoint.task != "i2v":
-        return conditions
-    frames, height, width = parts.output_size(request)
-    assert frames is not None  # only block-by-block videos are endless
-    features, latents = parts.images(request.image, (frames, height, width), clock)
-    return conditions._replace(image_features=features, image_latents=latents)

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.media.latents_file import holds_latents
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.memory import advice, predict
 from x2v_jax.memory.advice import Change
-from x2v_jax.models.config import CausalSchedule
-from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
 
 # Latent rows and columns that every Wan2.1 model makes: 480 x 832 pixels.
@@ -19,16 +17,21 @@ _SHORT = 5  # latent frames: 17 frames
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a resolved request takes of the device.
+    """What a video takes of the device.
 
     latents: frames, height and width.
+    guided: whether each step runs the network twice.
+    encodes_text: whether the text encoder is needed.
+    blocks: of a block-by-block video; None for one that is made as a whole.
     on_cpu, available: see `memory.plan`.
     """
 
     checkpoint: NativeCheckpoint
     configs: Mapping[str, Any]
     latents: tuple[int, int, int]
-    request: Request
+    guided: bool
+    encodes_text: bool
+    blocks: predict.BlockSizes | None
     options: RunOptions
     on_cpu: bool = False
     available: int | None = None
@@ -38,17 +41,17 @@ class Needs:
         options = self.options
         arguments: dict[str, Any] = {
             "latents": self.latents,
-            "guided": self.request.is_guided,
+            "guided": self.guided,
             "dtype": options.dtype,
             "vae_dtype": options.vae_dtype,
             "keep_encoders": options.keep_encoders,
             "sequential_guidance": options.sequential_guidance,
             "vae_decode": options.vae_decode,
             "offload": options.offload,
-            "with_text_encoder": self.request.text_embeddings is None,
+            "with_text_encoder": self.encodes_text,
             "on_cpu": self.on_cpu,
             "available": self.available,
-            "blocks": self._blocks(),
+            "blocks": self.blocks,
         }
         return predict.plan(self.checkpoint, self.configs, **(arguments | changes))
 
@@ -58,12 +61,12 @@ class Needs:
 
     def changes(self) -> list[Change]:
         """What a user could change, the least harmful first."""
-        options, blocks, found = self.options, self._blocks(), []
+        options, blocks, found = self.options, self.blocks, []
         if options.keep_encoders:
             found.append(Change("set keep_encoders to false", {"keep_encoders": False}))
         if options.vae_decode != "tiled":
             found.append(Change("set vae_decode to 'tiled'", {"vae_decode": "tiled"}))
-        if self.request.is_guided and not options.sequential_guidance:
+        if self.guided and not options.sequential_guidance:
             found.append(Change("set sequential_guidance to true", {"sequential_guidance": True}))
         if blocks is not None and not blocks.kv_cache.startswith("int8"):
             found.append(Change("set kv_cache to 'int8'", {"blocks": dataclasses.replace(blocks, kv_cache="int8")}))
@@ -71,7 +74,7 @@ class Needs:
         if "transformer" in floats:
             words = "use a checkpoint with 8-bit weights (`python -m convert wan … --quantize int8`)"
             found.append(Change(words, {"quantized": ["transformer"]}))
-        if "text_encoder" in floats and self.request.text_embeddings is None:
+        if "text_encoder" in floats and self.encodes_text:
             words = "bring the text encoder to 8 bits too (`--quantize-component text_encoder`)"
             found.append(Change(words, {"quantized": floats}))
         if options.offload == "none":
@@ -92,25 +95,15 @@ class Needs:
             found.append(Change(f"ask for {count} frames", {"latents": (fewer, height, width)}))
         return found
 
-    def _blocks(self) -> predict.BlockSizes | None:
-        return block_sizes(self.request, self.checkpoint.schedule.causal, self.options.dtype)
 
-
-def block_sizes(request: Request, causal: CausalSchedule | None, dtype: str) -> predict.BlockSizes | None:
-    """What a resolved request's memory depends on; None where the video is made as a whole.
+def block_sizes(plan: RolloutPlan, kv_cache: str, encoded_from: str) -> predict.BlockSizes:
+    """What the memory of a block-by-block video depends on.
 
     Args:
-        dtype: of the run.
+        kv_cache: what keys and values are kept in.
+        encoded_from: "image", "video" or "": what the VAE encodes first.
     """
-    if causal is None:
-        return None
-    assert request.num_frame_per_block and request.rollout_window  # resolved
-    encoded = 0
-    if request.image is not None:
-        encoded = 1 if causal.independent_first_frame else request.num_frame_per_block
-    elif request.continue_from is not None and not holds_latents(request.continue_from):
-        encoded = request.rollout_window
+    encoded = {"": 0, "image": 1 if plan.independent_first_frame else plan.block, "video": plan.window}[encoded_from]
     # Where positions are relative the sink moves on, from a second copy of its keys.
-    originals = (request.rollout_sink or 0) if request.rollout_positions == "relative" else 0
-    kv_cache = request.kv_cache or dtype
-    return predict.BlockSizes(request.num_frame_per_block, request.rollout_window, kv_cache, encoded, originals)
+    originals = plan.sink if plan.positions == "relative" else 0
+    return predict.BlockSizes(plan.block, plan.window, kv_cache, encoded, originals)

@@ -1,4 +1,4 @@
-"""Block-by-block fields of a request: completed from the checkpoint's CausalSchedule, and checked. No jax import.
+"""Block-by-block settings of a request: decided from the checkpoint's CausalSchedule, and checked. No jax import.
 
 Requests count pixel frames, the network latent frames. A video from nothing has 4n+1 pixel frames for n+1 latent ones;
 the frames that a continuation adds are 4 for each latent frame.
@@ -6,91 +6,145 @@ the frames that a continuation adds are 4 for each latent frame.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
 
 from x2v_jax.diffusion.rollout_plan import Mode, Positions, RolloutPlan
-from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.models.causal import MAX_FRAMES
 from x2v_jax.models.config import CausalSchedule
-from x2v_jax.request.fields import choice_problems, real_problems, whole_problems
 from x2v_jax.request.model import Model
 from x2v_jax.request.request import Request
 
 # How `Request.context_noise` says that there is no clean pass.
 NO_CONTEXT_PASS = -1.0
-KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
 # LightX2V's names for what mode, window and size say too: checked, then said in our own terms.
 _SAID_OTHERWISE = ("num_fragments", "num_blocks", "frame_seq_length")
-_FIELDS = (
-    "rollout_mode", "rollout_window", "rollout_sink", "rollout_positions", "context_noise", "seconds", "endless",
-    "continue_from", "prompt_schedule", "kv_cache", "num_frame_per_block", *_SAID_OTHERWISE,
-)  # fmt: skip
-_MOST = 1 << 20
 
 
-def given_fields(request: Request) -> list[str]:
-    """Names of the fields that only block-by-block models have and that this request sets."""
-    return [name for name in _FIELDS if getattr(request, name) not in (None, False, ())]
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """How a video is made block by block; every field is decided.
 
+    num_frames: pixel frames of the video; 0 where it is endless.
+    stride: pixel frames a latent frame.
+    follows: whether it continues an earlier video.
+    alone: latent frames (1 or 0) of a first block that is the first frame alone.
+    The rest as in `RolloutPlan`; context_noise as in `Request`.
+    """
 
-def type_problems(request: Request) -> list[str]:
-    """Types and ranges that hold for every model."""
-    problems = [
-        *choice_problems(request, "rollout_mode", get_args(Mode)),
-        *choice_problems(request, "rollout_positions", get_args(Positions)),
-        *choice_problems(request, "kv_cache", KV_CACHES),
-        *whole_problems(request, "rollout_window", 1, _MOST),
-        *whole_problems(request, "rollout_sink", 0, _MOST),
-        *whole_problems(request, "num_fragments", 1, _MOST),
-        *whole_problems(request, "num_frame_per_block", 1, _MOST),
-        *whole_problems(request, "num_blocks", 1, _MOST),
-        *whole_problems(request, "frame_seq_length", 1, 1 << 30),
-        *real_problems(request, "seconds", 0.001, 1e7),
-        *_schedule_problems(request.prompt_schedule),
-    ]
-    if not isinstance(request.endless, bool):
-        problems.append(f"endless is {request.endless!r}; give True or False")
-    context = real_problems(request, "context_noise", -1.0, 1000.0)
-    if not context and request.context_noise is not None and -1.0 < request.context_noise < 0.0:
-        context = [f"context_noise is {request.context_noise:g}"]
-    if context:
-        problems.append(
-            f"context_noise is {request.context_noise!r}; give the timestep of the pass that shows finished blocks to "
-            "later ones, 0 (clean) to 1000, or -1 for no such pass"
+    mode: Mode
+    window: int
+    sink: int
+    positions: Positions
+    context_noise: float
+    block: int
+    fps: int
+    stride: int
+    follows: bool
+    alone: int
+    num_frames: int = 0
+
+    @property
+    def latent_frames(self) -> int:
+        """Of the video; 0 where it is endless."""
+        return latent_frames(self.num_frames, self.stride, follows=self.follows)
+
+    def plan(self, sigmas: tuple[float, ...], causal: CausalSchedule) -> RolloutPlan:
+        """The order of work."""
+        return RolloutPlan(
+            sigmas=sigmas,
+            block=self.block,
+            mode=self.mode,
+            window=self.window,
+            sink=self.sink,
+            positions=self.positions,
+            context_timestep=None if self.context_noise == NO_CONTEXT_PASS else self.context_noise,
+            independent_first_frame=causal.independent_first_frame,
         )
-    return problems
+
+    def written_into(self, request: Request) -> Request:
+        """The request with these settings, and without what they say in other words."""
+        said = dict.fromkeys(_SAID_OTHERWISE)
+        return dataclasses.replace(
+            request,
+            num_frames=self.num_frames or None,
+            rollout_mode=self.mode,
+            rollout_window=self.window,
+            rollout_sink=self.sink,
+            rollout_positions=self.positions,
+            context_noise=self.context_noise,
+            num_frame_per_block=self.block,
+            prompt_schedule=tuple((float(second), prompt) for second, prompt in request.prompt_schedule),
+            seconds=None,
+            **said,
+        )
 
 
-def _schedule_problems(schedule: Any) -> list[str]:
-    example = "give pairs of second and prompt with rising seconds above 0, such as ((5.0, 'a dog'), (10.0, 'a cat'))"
-    if not isinstance(schedule, tuple | list):
-        return [f"prompt_schedule is {schedule!r}; {example}"]
-    before = 0.0
-    for entry in schedule:
-        if not isinstance(entry, tuple | list) or len(entry) != 2:
-            return [f"prompt_schedule holds {entry!r}; {example}"]
-        second, prompt = entry
-        is_number = isinstance(second, int | float) and not isinstance(second, bool) and math.isfinite(second)
-        if not is_number or not second > before:
-            return [f"prompt_schedule has the second {second!r} after {before:g}; {example}"]
-        if not isinstance(prompt, str) or not prompt.strip():
-            return [f"prompt_schedule has the prompt {prompt!r} at {second:g} s; {example}"]
-        before = float(second)
-    return []
+def decide(request: Request, fps: int, model: Model, causal: CausalSchedule) -> BlockSettings:
+    """The settings that a request with good types asks for, or that the checkpoint was trained with."""
+    block = request.num_frame_per_block or causal.block
+    mode: Mode = request.rollout_mode or causal.mode  # type: ignore[assignment]  # one of them, or checks would have said
+    window = request.rollout_window
+    if window is None:
+        window = causal.window if request.num_blocks is None else request.num_blocks * block
+    sink = request.rollout_sink
+    if sink is None:
+        sink = causal.sink if mode == "sliding" else 0
+    context = request.context_noise
+    if context is None:
+        context = NO_CONTEXT_PASS if causal.context_timestep is None else causal.context_timestep
+    settings = BlockSettings(
+        mode=mode,
+        window=window,
+        sink=sink,
+        positions=request.rollout_positions or causal.positions,  # type: ignore[arg-type]
+        context_noise=float(context),
+        block=block,
+        fps=fps,
+        stride=model.config("vae").temporal_stride,
+        follows=request.continue_from is not None,
+        alone=1 if causal.independent_first_frame and request.continue_from is None else 0,
+    )
+    return dataclasses.replace(settings, num_frames=_num_frames(request, settings, model))
 
 
-def whole_video_problems(request: Request) -> list[str]:
-    """Fields of block-by-block models, asked of a checkpoint that makes the video whole."""
-    names = given_fields(request)
-    if not names:
-        return []
-    said = ", ".join(f"{name} is {getattr(request, name)!r}" for name in names)
-    instead = "; its length is num_frames" if {"seconds", "endless"} & set(names) else ""
-    return [
-        f"{said}, but this checkpoint makes a video as a whole and not block by block{instead}: leave it out, or use "
-        "a causal checkpoint (variant 'causvid' or 'self_forcing')"
-    ]
+def _num_frames(request: Request, settings: BlockSettings, model: Model) -> int:
+    if request.endless:
+        return 0
+    return request.num_frames or _frames_said_otherwise(request, settings, model)
+
+
+def _frames_said_otherwise(request: Request, settings: BlockSettings, model: Model) -> int:
+    stride, block, window, alone = settings.stride, settings.block, settings.window, settings.alone
+    if request.seconds is not None:
+        frames = math.ceil(round(request.seconds * settings.fps, 6))
+        latents = math.ceil(frames / stride) if settings.follows else math.ceil((frames - 1) / stride) + 1
+        latents = alone + max(0 if alone else 1, math.ceil((latents - alone) / block)) * block
+    elif request.num_fragments is not None:
+        latents = window + (request.num_fragments - 1) * (window - block)
+        latents -= block if settings.follows else 0
+    else:
+        latents = (model.schedule.num_frames - 1) // stride + 1
+        if settings.mode == "full":
+            latents = min(latents, window - (block if settings.follows else 0))
+        latents = alone + max(1, (latents - alone) // block) * block
+    return pixel_frames(latents, stride, follows=settings.follows)
+
+
+def pixel_frames(latent_frames: int, stride: int, *, follows: bool) -> int:
+    """Frames that latent frames decode to. follows: others come before them.
+
+    >>> pixel_frames(3, 4, follows=False), pixel_frames(3, 4, follows=True)
+    (9, 12)
+    """
+    return stride * latent_frames if follows or not latent_frames else stride * (latent_frames - 1) + 1
+
+
+def latent_frames(pixel_frames: int, stride: int, *, follows: bool) -> int:
+    """The other way round.
+
+    >>> latent_frames(9, 4, follows=False), latent_frames(12, 4, follows=True), latent_frames(0, 4, follows=False)
+    (3, 3, 0)
+    """
+    return pixel_frames // stride if follows or not pixel_frames else (pixel_frames - 1) // stride + 1
 
 
 def conflict_problems(request: Request, model: Model, causal: CausalSchedule, allow_mismatch: bool) -> list[str]:
@@ -103,7 +157,7 @@ def conflict_problems(request: Request, model: Model, causal: CausalSchedule, al
         )
     if request.pin_first_frame:
         problems.append("pin_first_frame is set, but a causal model starts from the encoded image anyway; leave it out")
-    if request.is_guided and allow_mismatch:  # without it, the schedule's check has said so
+    if request.uses_guidance and allow_mismatch:  # without it, the schedule's check has said so
         problems.append(
             f"guidance_scale is {request.guidance_scale:g}, but block-by-block sampling has no guidance; leave it out"
         )
@@ -134,83 +188,23 @@ def conflict_problems(request: Request, model: Model, causal: CausalSchedule, al
     return problems
 
 
-def fill(request: Request, model: Model, causal: CausalSchedule) -> Request:
-    """The block-by-block fields without None. `request` has its other fields filled, but num_frames as it was given."""
-    block = request.num_frame_per_block or causal.block
-    mode: Any = request.rollout_mode or causal.mode
-    window = request.rollout_window
-    if window is None:
-        window = causal.window if request.num_blocks is None else request.num_blocks * block
-    sink = request.rollout_sink
-    if sink is None:
-        sink = causal.sink if mode == "sliding" else 0
-    context = request.context_noise
-    if context is None:
-        context = NO_CONTEXT_PASS if causal.context_timestep is None else causal.context_timestep
-    filled = dataclasses.replace(
-        request,
-        rollout_mode=mode,
-        rollout_window=window,
-        rollout_sink=sink,
-        rollout_positions=request.rollout_positions or causal.positions,
-        context_noise=float(context),
-        num_frame_per_block=block,
-        prompt_schedule=tuple((float(second), prompt) for second, prompt in request.prompt_schedule),
-    )
-    return dataclasses.replace(filled, num_frames=_num_frames(filled, model, causal))
+def rollout_problems(
+    request: Request,
+    settings: BlockSettings,
+    size: tuple[int, int],
+    has_steps: bool,
+    model: Model,
+    causal: CausalSchedule,
+) -> list[str]:
+    """What is wrong with the settings together.
 
-
-def settled(request: Request) -> Request:
-    """A checked request without the fields that num_frames, rollout_window and the size say already."""
-    return dataclasses.replace(request, seconds=None, **dict.fromkeys(_SAID_OTHERWISE))
-
-
-def _num_frames(request: Request, model: Model, causal: CausalSchedule) -> int | None:
-    if request.endless or request.num_frames is not None:
-        return request.num_frames
-    assert request.fps and request.num_frame_per_block and request.rollout_window  # filled
-    stride, block, window = _stride(model), request.num_frame_per_block, request.rollout_window
-    alone = 1 if causal.independent_first_frame and request.continue_from is None else 0
-    if request.seconds is not None:
-        frames = math.ceil(round(request.seconds * request.fps, 6))
-        latents = math.ceil(frames / stride) if request.continue_from else math.ceil((frames - 1) / stride) + 1
-        latents = alone + max(0 if alone else 1, math.ceil((latents - alone) / block)) * block
-    elif request.num_fragments is not None:
-        latents = window + (request.num_fragments - 1) * (window - block)
-        latents -= block if request.continue_from else 0
-    else:
-        latents = (model.schedule.num_frames - 1) // stride + 1
-        if request.rollout_mode == "full":
-            latents = min(latents, window - (block if request.continue_from else 0))
-        latents = alone + max(1, (latents - alone) // block) * block
-    return pixel_frames(latents, stride, follows=request.continue_from is not None)
-
-
-def pixel_frames(latent_frames: int, stride: int, *, follows: bool) -> int:
-    """Frames that latent frames decode to. follows: others come before them.
-
-    >>> pixel_frames(3, 4, follows=False), pixel_frames(3, 4, follows=True)
-    (9, 12)
+    Args:
+        size: height and width in pixels.
+        has_steps: whether there is a denoising_step_list, the request's or the checkpoint's.
     """
-    return stride * latent_frames if follows or not latent_frames else stride * (latent_frames - 1) + 1
-
-
-def new_latent_frames(request: Request, model: Model) -> int | None:
-    """Latent frames of the video that a resolved request gives; None where it is endless."""
-    if request.num_frames is None:
-        return None
-    stride = _stride(model)
-    return request.num_frames // stride if request.continue_from else (request.num_frames - 1) // stride + 1
-
-
-def rollout_problems(request: Request, model: Model, causal: CausalSchedule) -> list[str]:
-    """What is wrong with the filled fields together."""
-    assert request.rollout_window and request.rollout_sink is not None and request.num_frame_per_block  # filled
     problems = []
-    mode, window, sink, block = (
-        request.rollout_mode, request.rollout_window, request.rollout_sink, request.num_frame_per_block
-    )  # fmt: skip
-    if request.denoising_step_list is None:
+    mode, window, sink, block = settings.mode, settings.window, settings.sink, settings.block
+    if not has_steps:
         problems.append(
             "denoising_step_list is missing, and a causal checkpoint is sampled with one; give the list that it was "
             "trained for, or leave num_inference_steps out"
@@ -245,70 +239,65 @@ def rollout_problems(request: Request, model: Model, causal: CausalSchedule) -> 
         )
     if problems:
         return problems
-    return _token_problems(request, model) + _length_problems(request, model, causal)
+    return _token_problems(request, size, model) + _length_problems(request, settings, model)
 
 
-def _token_problems(request: Request, model: Model) -> list[str]:
-    assert request.height and request.width  # filled
-    vae = model.config("vae")
-    patch = model.config("transformer").patch_size
-    rows, columns = (
-        n // (vae.spatial_stride * p) for n, p in zip((request.height, request.width), patch[1:], strict=True)
-    )
+def _token_problems(request: Request, size: tuple[int, int], model: Model) -> list[str]:
+    stride, patch = model.config("vae").spatial_stride, model.config("transformer").patch_size
+    rows, columns = (n // (stride * p) for n, p in zip(size, patch[1:], strict=True))
     if request.frame_seq_length in (None, rows * columns):
         return []
     return [
-        f"frame_seq_length is {request.frame_seq_length}, but a latent frame of {request.height}x{request.width} has "
+        f"frame_seq_length is {request.frame_seq_length}, but a latent frame of {size[0]}x{size[1]} has "
         f"{rows} x {columns} = {rows * columns} tokens; give that, or leave it out"
     ]
 
 
-def _length_problems(request: Request, model: Model, causal: CausalSchedule) -> list[str]:
-    assert request.rollout_window and request.num_frame_per_block and request.fps  # filled
-    stride, block, window = _stride(model), request.num_frame_per_block, request.rollout_window
-    mode, follows, frames = request.rollout_mode, request.continue_from is not None, request.num_frames
+def _length_problems(request: Request, settings: BlockSettings, model: Model) -> list[str]:
+    stride, block, window, alone = settings.stride, settings.block, settings.window, settings.alone
+    mode, follows, frames = settings.mode, settings.follows, settings.num_frames
     if request.num_fragments not in (None, 1) and mode != "fragments":
         return [
             f"num_fragments is {request.num_fragments} in rollout_mode {mode!r}, which has no fragments; set "
             "rollout_mode to 'fragments', or say the length with seconds or num_frames"
         ]
-    if frames is None:
+    if not frames:
         if mode != "full":
             return []
         return ["endless is True, but rollout_mode 'full' ends with its window; choose 'sliding' or 'fragments'"]
-    alone = 1 if causal.independent_first_frame and not follows else 0
     least = pixel_frames(alone or block, stride, follows=follows)
     step = stride * block
     if frames < least or (frames - least) % step:
         rule = f"{step}n+{least % step} frames" if least % step else f"multiples of {step} when it continues a video"
         return [f"num_frames is {frames}; this model makes {rule}: use {_nearest(frames, least, step)}"]
     problems = []
-    agreed = dataclasses.replace(request, num_frames=None)
-    if request.num_fragments is not None and (wanted := _num_frames(agreed, model, causal)) != frames:
-        problems.append(
-            f"num_fragments is {request.num_fragments}, which gives {wanted} frames, but num_frames is {frames}; leave "
-            "one of them out"
-        )
-    latents = frames // stride if follows else (frames - 1) // stride + 1
+    if request.num_fragments is not None:
+        wanted = _frames_said_otherwise(dataclasses.replace(request, seconds=None), settings, model)
+        if wanted != frames:
+            problems.append(
+                f"num_fragments is {request.num_fragments}, which gives {wanted} frames, but num_frames is {frames}; "
+                "leave one of them out"
+            )
+    latents = settings.latent_frames
     start = alone or block if request.image is not None else 0
     if latents <= start:
         problems.append(
             f"num_frames is {frames}, which the image fills alone; give at least "
             f"{pixel_frames(start + block, stride, follows=False)}"
         )
-    most = {"full": window, "sliding": MAX_FRAMES}.get(str(mode), latents) - (block if follows else 0)
+    most = {"full": window, "sliding": MAX_FRAMES}.get(mode, latents) - (block if follows else 0)
     if mode != "fragments" and latents > most:
         longest = pixel_frames(alone + (most - alone) // block * block, stride, follows=follows)
         fix = "choose rollout_mode 'sliding' or 'fragments'" if mode == "full" else "continue it in a second run"
         problems.append(
-            f"num_frames is {frames} ({frames / request.fps:g} s), and rollout_mode {mode!r} makes at most {longest}; "
+            f"num_frames is {frames} ({frames / settings.fps:g} s), and rollout_mode {mode!r} makes at most {longest}; "
             f"give that, or {fix}"
         )
-    if request.prompt_schedule and request.prompt_schedule[-1][0] * request.fps >= frames:
+    if request.prompt_schedule and request.prompt_schedule[-1][0] * settings.fps >= frames:
         second = request.prompt_schedule[-1][0]
         problems.append(
-            f"prompt_schedule changes the prompt at {second:g} s, but the video ends after {frames / request.fps:g} s; "
-            "take it out, or ask for a longer video"
+            f"prompt_schedule changes the prompt at {second:g} s, but the video ends after "
+            f"{frames / settings.fps:g} s; take it out, or ask for a longer video"
         )
     return problems
 
@@ -317,27 +306,3 @@ def _nearest(value: int, least: int, step: int) -> str:
     low = least + (value - least) // step * step
     near = [n for n in sorted((low, low + step), key=lambda n: abs(n - value)) if n >= least]
     return " or ".join(str(n) for n in near)
-
-
-def _stride(model: Model) -> int:
-    return model.config("vae").temporal_stride
-
-
-def rollout_plan(request: Request, causal: CausalSchedule) -> RolloutPlan:
-    """The order of work of a resolved request."""
-    steps: Sequence[float] | None = request.denoising_step_list
-    assert steps is not None and request.shift and request.rollout_mode and request.rollout_positions  # resolved
-    assert request.rollout_window and request.rollout_sink is not None and request.num_frame_per_block
-    assert request.context_noise is not None
-    mode: Any = request.rollout_mode
-    positions: Any = request.rollout_positions
-    return RolloutPlan(
-        sigmas=tuple(float(s) for s in step_sigmas(steps, request.shift, warp=bool(request.warp_denoising_step))),
-        block=request.num_frame_per_block,
-        mode=mode,
-        window=request.rollout_window,
-        sink=request.rollout_sink,
-        positions=positions,
-        context_timestep=None if request.context_noise == NO_CONTEXT_PASS else request.context_noise,
-        independent_first_frame=causal.independent_first_frame,
-    )

@@ -1,15 +1,16 @@
 """What can be wrong with a request: each function lists sentences that name the field, its value and the fix."""
 
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import get_args
 
-from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
+from x2v_jax.diffusion.rollout_plan import Mode, Positions
+from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
-from x2v_jax.request.causal import type_problems, whole_video_problems
-from x2v_jax.request.fields import real_problems, whole_problems
 from x2v_jax.request.model import Model
 from x2v_jax.request.request import Request
 
@@ -17,31 +18,86 @@ from x2v_jax.request.request import Request
 _MAX_POSITIONS = 1024
 # jax.random.key takes 32 bits: seeds that differ by 2^32 would give the same video.
 MAX_SEED = 2**32 - 1
+KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
+_MOST = 1 << 20
+# Field -> smallest and largest whole number, or number; of every model, and of those that work block by block.
+_WHOLE = {
+    "height": (1, _MOST), "width": (1, _MOST), "num_frames": (1, 1 << 23), "fps": (1, 240),
+    "num_inference_steps": (1, 1000), "seed": (0, MAX_SEED),
+}  # fmt: skip
+_REAL = {"guidance_scale": (0.0, 100.0), "shift": (0.01, 100.0)}
+_BLOCK_CHOICES = {"rollout_mode": get_args(Mode), "rollout_positions": get_args(Positions), "kv_cache": KV_CACHES}
+_BLOCK_WHOLE = {
+    "rollout_window": (1, _MOST), "rollout_sink": (0, _MOST), "num_fragments": (1, _MOST),
+    "num_frame_per_block": (1, _MOST), "num_blocks": (1, _MOST), "frame_seq_length": (1, 1 << 30),
+}  # fmt: skip
+_BLOCK_FIELDS = (
+    "rollout_mode", "rollout_window", "rollout_sink", "rollout_positions", "context_noise", "seconds", "endless",
+    "continue_from", "prompt_schedule", "kv_cache", "num_frame_per_block", "num_fragments", "num_blocks",
+    "frame_seq_length",
+)  # fmt: skip
 
 
 def field_problems(request: Request) -> list[str]:
     """Types and ranges that hold for every model."""
-    problems = [
-        *whole_problems(request, "height", 1, 1 << 20),
-        *whole_problems(request, "width", 1, 1 << 20),
-        *whole_problems(request, "num_frames", 1, 1 << 23),
-        *whole_problems(request, "fps", 1, 240),
-        *whole_problems(request, "num_inference_steps", 1, 1000),
-        *whole_problems(request, "seed", 0, MAX_SEED),
-        *real_problems(request, "guidance_scale", 0.0, 100.0),
-        *real_problems(request, "shift", 0.01, 100.0),
-        *_step_list_problems(request.denoising_step_list),
-        *type_problems(request),
-    ]
+    values: dict[str, object] = {name: getattr(request, name) for name in request.field_names()}
+    problems: list[str] = []
+    for name, (least, most) in _WHOLE.items():
+        problems += _whole_problems(name, values[name], least, most)
+    for name, (low, high) in _REAL.items():
+        problems += _real_problems(name, values[name], low, high)
+    problems += _step_list_problems(request.denoising_step_list)
+    for name, choices in _BLOCK_CHOICES.items():
+        if values[name] is not None and values[name] not in choices:
+            either = ", ".join(repr(choice) for choice in choices)
+            problems.append(f"{name} is {values[name]!r}; give one of {either}")
+    for name, (least, most) in _BLOCK_WHOLE.items():
+        problems += _whole_problems(name, values[name], least, most)
+    problems += _real_problems("seconds", values["seconds"], 0.001, 1e7)
+    problems += _prompt_schedule_problems(values["prompt_schedule"])
+    if not isinstance(values["endless"], bool):
+        problems.append(f"endless is {request.endless!r}; give True or False")
+    problems += _context_noise_problems(values["context_noise"])
     for name in ("prompt", "negative_prompt"):
-        value = getattr(request, name)
-        if not isinstance(value, str) and not (name == "negative_prompt" and value is None):
-            problems.append(f"{name} is {value!r}; give one string (one request makes one video)")
+        if not isinstance(values[name], str) and not (name == "negative_prompt" and values[name] is None):
+            problems.append(f"{name} is {values[name]!r}; give one string (one request makes one video)")
     for name in ("image", "initial_noise", "text_embeddings", "continue_from"):
-        value = getattr(request, name)
+        value = values[name]
         if isinstance(value, str | os.PathLike) and not pathlib.Path(value).is_file():
             problems.append(f"{name} is {os.fspath(value)!r}, but there is no such file; mend the path")
     return problems
+
+
+def _whole_problems(name: str, value: object, least: int, most: int) -> list[str]:
+    if value is None:
+        return []
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # it raises TypeError for what is no whole number
+    except TypeError:
+        return [f"{name} is {value!r}; give a whole number"]
+    return [] if least <= number <= most else [f"{name} is {number}; give a whole number from {least} to {most}"]
+
+
+def _real_problems(name: str, value: object, low: float, high: float) -> list[str]:
+    if value is None:
+        return []
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    return [] if low <= number <= high else [f"{name} is {value!r}; give a number from {low:g} to {high:g}"]
+
+
+def _context_noise_problems(value: object) -> list[str]:
+    is_between = not _real_problems("context_noise", value, -1.0, 0.0) and value not in (None, -1.0, 0.0)
+    if not is_between and not _real_problems("context_noise", value, -1.0, 1000.0):
+        return []
+    return [
+        f"context_noise is {value!r}; give the timestep of the pass that shows finished blocks to later ones, "
+        "0 (clean) to 1000, or -1 for no such pass"
+    ]
 
 
 def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
@@ -50,6 +106,24 @@ def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
             step_sigmas(steps, warp=False)
     except UserError as error:
         return [str(error)]
+    return []
+
+
+def _prompt_schedule_problems(schedule: object) -> list[str]:
+    example = "give pairs of second and prompt with rising seconds above 0, such as ((5.0, 'a dog'), (10.0, 'a cat'))"
+    if not isinstance(schedule, tuple | list):
+        return [f"prompt_schedule is {schedule!r}; {example}"]
+    before = 0.0
+    for entry in schedule:
+        if not isinstance(entry, tuple | list) or len(entry) != 2:
+            return [f"prompt_schedule holds {entry!r}; {example}"]
+        second, prompt = entry
+        is_number = isinstance(second, int | float) and not isinstance(second, bool) and math.isfinite(second)
+        if not is_number or not second > before:
+            return [f"prompt_schedule has the second {second!r} after {before:g}; {example}"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            return [f"prompt_schedule has the prompt {prompt!r} at {second:g} s; {example}"]
+        before = float(second)
     return []
 
 
@@ -67,7 +141,7 @@ def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> 
     trained = schedule.denoising_step_list
     assert trained is not None
     problems = []
-    if request.is_guided:
+    if request.uses_guidance:
         problems.append(
             f"guidance_scale is {request.guidance_scale:g}, but this distilled checkpoint has guidance trained in and "
             f"burns or blurs with more; leave it out or set it to 1, {anyway}"
@@ -118,7 +192,7 @@ def task_problems(request: Request, model: Model) -> list[str]:
         problems.append(
             f"num_inference_steps is {count}, but denoising_step_list has {len(steps)} entries; leave the number out"
         )
-    if steps is not None and request.is_guided and not model.schedule.is_distilled:
+    if steps is not None and request.uses_guidance and not model.schedule.is_distilled:
         problems.append(
             f"guidance_scale is {request.guidance_scale:g} with a denoising_step_list, whose sampler has none; "
             "leave one of the two out"
@@ -126,22 +200,25 @@ def task_problems(request: Request, model: Model) -> list[str]:
     return problems
 
 
-def size_problems(request: Request, model: Model) -> list[str]:
-    """Height, width and frame count that the strides of the VAE and the patches allow (`request` is filled)."""
-    vae = model.config("vae")
-    patch = model.config("transformer").patch_size
+def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[str]:
+    """Height, width and frame count that the strides of the VAE and the patches allow.
+
+    Args:
+        size: height and width in pixels.
+        num_frames: does not matter block by block.
+    """
+    vae, patch = model.config("vae"), model.config("transformer").patch_size
     problems = []
-    for name, step in (("height", vae.spatial_stride * patch[1]), ("width", vae.spatial_stride * patch[2])):
-        value = getattr(request, name)
+    for name, value, pixels in zip(("height", "width"), size, patch[1:], strict=True):
+        step = vae.spatial_stride * pixels
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.
         fits = model.task == "i2v" or value % step == 0
         problems += _multiple_problem(name, value, step, 0, fits and value >= step, f"multiples of {step}")
     if model.schedule.causal is not None:  # whole blocks: `request.causal` says which
         return problems
     step = vae.temporal_stride * patch[0]
-    frames: int = request.num_frames  # type: ignore[assignment]
-    fits = (frames - 1) % step == 0
-    problems += _multiple_problem("num_frames", frames, step, 1, fits, f"{step}n+1 frames")
+    fits = (num_frames - 1) % step == 0
+    problems += _multiple_problem("num_frames", num_frames, step, 1, fits, f"{step}n+1 frames")
     return problems
 
 
@@ -160,19 +237,6 @@ def _multiple_problem(name: str, value: int, step: int, offset: int, fits: bool,
     return [f"{name} is {value}; this model makes {rule}{limit}: use {choices}"]
 
 
-def noise_level_problems(request: Request) -> list[str]:
-    """What only shows when shift and steps meet: two steps at one noise level, no signal at the first step."""
-    assert request.shift and request.num_inference_steps  # filled
-    try:
-        if request.denoising_step_list is not None:
-            step_sigmas(request.denoising_step_list, request.shift, warp=bool(request.warp_denoising_step))
-        else:
-            unipc_schedule(request.num_inference_steps, request.shift)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
 def component_problems(request: Request, model: Model) -> list[str]:
     needed = {"transformer": "the denoising network", "vae": "the autoencoder"}
     if request.text_embeddings is None:
@@ -184,4 +248,17 @@ def component_problems(request: Request, model: Model) -> list[str]:
         f"the checkpoint lacks its {name}, {what}; convert it again with every component of the source"
         for name, what in needed.items()
         if not model.has(name)
+    ]
+
+
+def whole_video_problems(request: Request) -> list[str]:
+    """Fields of block-by-block models, asked of a checkpoint that makes the video whole."""
+    names = [name for name in _BLOCK_FIELDS if getattr(request, name) not in (None, False, ())]
+    if not names:
+        return []
+    said = ", ".join(f"{name} is {getattr(request, name)!r}" for name in names)
+    instead = "; its length is num_frames" if {"seconds", "endless"} & set(names) else ""
+    return [
+        f"{said}, but this checkpoint makes a video as a whole and not block by block{instead}: leave it out, or use "
+        "a causal checkpoint (variant 'causvid' or 'self_forcing')"
     ]

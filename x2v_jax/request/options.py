@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import CHOICES, OpChoice
@@ -86,6 +87,23 @@ class RunOptions:
     @property
     def memory_limit_bytes(self) -> int | None:
         return None if self.memory_limit is None else int(self.memory_limit * 1e9)
+
+
+class OptionFields(TypedDict, total=False):
+    """The options of `RunOptions` as keywords: what an editor offers for `Pipeline.from_checkpoint(path, …)`."""
+
+    dtype: str | DTypeLike
+    vae_dtype: str | DTypeLike
+    vae_decode: str
+    keep_encoders: bool
+    sequential_guidance: bool
+    offload: str
+    memory_limit: float | None
+    attention: str
+    attention_precision: str
+    linear: str
+    linear_activations: str
+    allow_mismatch: bool
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:

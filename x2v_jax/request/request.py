@@ -1,69 +1,75 @@
-"""What one video is asked for, completed from the checkpoint and checked before anything is loaded. No jax import.
+"""What one video is asked for. No jax import. Names follow diffusers' WanPipeline.
 
-Names follow diffusers' WanPipeline. A field left at None is filled by `resolve` from the schedule that travels with the
-checkpoint, and a request that contradicts that schedule is refused: a distilled model with guidance or with other
-steps gives blurred or burnt video without any error.
+A field left at None is decided by the schedule that travels with the checkpoint: see `request.resolve`.
 """
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self, TypedDict
+
+import numpy as np
 
 from x2v_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+type File = str | os.PathLike[str]
+type Picture = "File | np.ndarray | PIL.Image.Image"
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One video. None means "as the checkpoint's schedule says".
+    """What one video is asked for. None: as the checkpoint says.
 
-    image: a path, a PIL image or uint8 [H, W, 3]; image-to-video only. There, height x width is the area of the video
-        and the image gives its shape (Wan's rule), so the result may have another height and width.
-    pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
-        do not: the model keeps the image by itself, up to a slight change of colour.
+    prompt: what the video shows.
+    negative_prompt: what it should not show; it counts with guidance only.
+    image: a path, a PIL image or uint8 [H, W, 3]: the first frame. Image-to-video takes its shape, at height x width
+        pixels in all (Wan's rule). Block by block it is scaled to fill height x width, and what sticks out is cut off.
+    height, width: in pixels.
+    num_frames: 4n+1. Block by block: whole blocks (9, 21, 33, … for blocks of 3), or where it continues a video a
+        multiple of 4 blocks.
+    fps: frames a second of the file.
+    num_inference_steps: of the sampler.
     guidance_scale: velocity = uncond + scale (cond - uncond); 1 turns guidance off.
-    shift: with a denoising_step_list on a base checkpoint, that is with a distillation LoRA, None means 5: the
-        published LoRAs were trained with it, whatever shift their base model is sampled with.
+    shift: moves the noise levels towards noise. None with a denoising_step_list on a base checkpoint, that is with a
+        distillation LoRA, means 5: the published LoRAs were trained with it.
     denoising_step_list: timesteps above 0 and at most 1000, falling; given, it selects the step-distill sampler.
     warp_denoising_step: whether `shift` is still to be applied to that list.
-    seed: 0..2^32 - 1; None draws one (the resolved request holds it).
-    initial_noise: safetensors file with `noise` [C, F, H, W] and optionally `renoise` [steps - 1, C, F, H, W].
+    seed: 0 to 2^32 - 1; None draws one.
+    pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
+        do not: the model keeps the image by itself, up to a slight change of colour.
+    initial_noise: safetensors file with `noise` [C, F, H, W] and optionally `renoise` [steps - 1, C, F, H, W]. Block by
+        block: `noise` [blocks, frames, C, H, W] and `renoise` [blocks, steps - 1, frames, C, H, W].
     text_embeddings: safetensors file with `text` [L, D] and, for guidance, `negative_text`; replaces the text encoder.
-    save_latents: file to write `latents` [C, F, H, W] to, as they are before the VAE.
+    save_latents: file to write `latents` [C, F, H, W] to, as they are before the VAE; of an endless video the last.
 
-    For checkpoints that make a video block by block (Schedule.causal). There num_frames is 4n+1 for whole blocks of
-    latent frames (9, 21, 33, … for blocks of 3), and a multiple of 4 blocks where it continues a video.
+    The rest is for checkpoints that make a video block by block (`Schedule.causal`).
 
-    image: the first frame of the video, scaled to fill height x width and cropped at the sides that stick out. A model
-        whose first frame is a block of its own takes it as that block. Others take whole blocks only: the picture is
-        held still for the first block (9 frames of a block of 3), which is part of the video.
-    rollout_mode: how the video goes on past rollout_window: "full" does not, "sliding" forgets the oldest frames,
-        "fragments" starts cache and positions again from the last block; see `rollout_plan.RolloutPlan`.
-    rollout_window, rollout_sink: latent frames that the network sees at most, and of these the first ones of the video
-        that are never forgotten ("sliding" only).
+    rollout_mode: past rollout_window, "full" ends, "sliding" forgets the oldest frames, "fragments" starts again from
+        the last block; see `rollout_plan.RolloutPlan`.
+    rollout_window: latent frames that the network sees at most.
+    rollout_sink: of these the first ones of the video, which are never forgotten ("sliding" only).
     rollout_positions: "relative" or "absolute" positions of the sink.
-    context_noise: timestep at which a finished block is shown to later ones, 0 to 1000; -1: they see it as its last
-        step left it, noisy (LightX2V).
-    seconds: the length, rounded up to whole blocks, instead of num_frames. endless: until the caller stops.
-    continue_from: safetensors file of an earlier `save_latents` of this model and size, or an mp4 of this size, whose
-        frames are encoded. Its last blocks are what the network sees first; they are not part of the new video.
-    prompt_schedule: (second, prompt) pairs: the prompt of the first block that starts at that second of the new video
-        or later, and of the blocks after it. What the network sees of the video is then shown to it again under the
-        new prompt (LongLive, arXiv:2509.22622).
-    kv_cache: what keys and values are kept in, "bfloat16", "float32", "int8" or "int8_e4m3" (int8 keys, float8 values);
+    context_noise: timestep at which later blocks see a finished one, 0 to 1000; -1: as its last step left it.
+    seconds: the length instead of num_frames, rounded up to whole blocks.
+    endless: until the caller stops.
+    continue_from: file of an earlier `save_latents`, or an mp4 of this size. It is not part of the new video.
+    prompt_schedule: (second, prompt) pairs: the prompt of the first block that starts then or later, and on. What
+        the network sees of the video is encoded again under it (LongLive, arXiv:2509.22622).
+    kv_cache: what keys and values are kept in: "bfloat16", "float32", "int8" or "int8_e4m3" (int8 keys, float8 values);
         None: as the network computes.
-    num_fragments, num_frame_per_block, num_blocks, frame_seq_length: LightX2V's names for the number of windows of a
-        "fragments" video, the latent frames of a block, the blocks of a window, and the tokens of a latent frame.
-        They are checked against the checkpoint and the size.
-    save_latents of an endless video keeps what a continuation needs: the last blocks.
-    initial_noise: `noise` [blocks, frames, C, H, W] and optionally `renoise` [blocks, steps - 1, frames, C, H, W], for
-        the blocks that are made (not for the image); of a first block of one frame, the first frame counts.
+    num_fragments: LightX2V's name for the number of windows of a "fragments" video.
+    num_frame_per_block: latent frames of a block; checked against the checkpoint.
+    num_blocks: LightX2V's name for the blocks of a window; checked against rollout_window.
+    frame_seq_length: LightX2V's name for the tokens of a latent frame; checked against the size.
     """
 
     prompt: str = ""
     negative_prompt: str | None = None
-    image: Any = None
+    image: Picture | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -71,13 +77,13 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
-    denoising_step_list: tuple[float, ...] | None = None
+    denoising_step_list: Sequence[float] | None = None
     warp_denoising_step: bool | None = None
     seed: int | None = None
     pin_first_frame: bool = False
-    initial_noise: str | os.PathLike[str] | None = None
-    text_embeddings: str | os.PathLike[str] | None = None
-    save_latents: str | os.PathLike[str] | None = None
+    initial_noise: File | None = None
+    text_embeddings: File | None = None
+    save_latents: File | None = None
     rollout_mode: str | None = None
     rollout_window: int | None = None
     rollout_sink: int | None = None
@@ -85,8 +91,8 @@ class Request:
     context_noise: float | None = None
     seconds: float | None = None
     endless: bool = False
-    continue_from: str | os.PathLike[str] | None = None
-    prompt_schedule: tuple[tuple[float, str], ...] = ()
+    continue_from: File | None = None
+    prompt_schedule: Sequence[tuple[float, str]] = ()
     kv_cache: str | None = None
     num_fragments: int | None = None
     num_frame_per_block: int | None = None
@@ -94,11 +100,8 @@ class Request:
     frame_seq_length: int | None = None
 
     @property
-    def is_step_distill(self) -> bool:
-        return self.denoising_step_list is not None
-
-    @property
-    def is_guided(self) -> bool:
+    def uses_guidance(self) -> bool:
+        """Whether each step runs the network for the negative prompt too (classifier-free guidance)."""
         return self.guidance_scale is not None and self.guidance_scale != 1.0
 
     @classmethod
@@ -106,7 +109,7 @@ class Request:
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
-    def of(cls, prompt: str, fields: Mapping[str, Any]) -> Self:
+    def of(cls, prompt: str, fields: "Mapping[str, object] | RequestFields") -> Self:
         """A request from a prompt and fields by name.
 
         Raises:
@@ -117,4 +120,39 @@ class Request:
                 near = difflib.get_close_matches(name, cls.field_names(), 1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.field_names())}"
                 raise UserError(f"unknown field {name!r}; {hint}")
-        return cls(prompt=prompt, **fields)
+        return cls(prompt, **fields)  # type: ignore[arg-type]  # the types of values are checked when it is resolved
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of `Request` but the prompt, as keywords: what an editor offers for `pipe("a cat", …)`."""
+
+    negative_prompt: str | None
+    image: Picture | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    fps: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    shift: float | None
+    denoising_step_list: Sequence[float] | None
+    warp_denoising_step: bool | None
+    seed: int | None
+    pin_first_frame: bool
+    initial_noise: File | None
+    text_embeddings: File | None
+    save_latents: File | None
+    rollout_mode: str | None
+    rollout_window: int | None
+    rollout_sink: int | None
+    rollout_positions: str | None
+    context_noise: float | None
+    seconds: float | None
+    endless: bool
+    continue_from: File | None
+    prompt_schedule: Sequence[tuple[float, str]]
+    kv_cache: str | None
+    num_fragments: int | None
+    num_frame_per_block: int | None
+    num_blocks: int | None
+    frame_seq_length: int | None

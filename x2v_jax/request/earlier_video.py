@@ -6,9 +6,10 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
@@ -17,9 +18,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.media.latents_file import holds_latents
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae_reach import decoder_reach
-
-if TYPE_CHECKING:
-    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
+from x2v_jax.request.model import Model
 
 _FORMAT = "x2v-jax block-by-block latents"
 _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10
@@ -27,31 +26,34 @@ _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """The end of an earlier video: one of latents and frames.
+    """The end of an earlier video.
 
-    latents: float32 [f, h, w, C].
-    frames: uint8 [4n+1, H, W, 3], which the VAE is still to encode.
-    available: so many latent frames they are.
+    tail: latents, float32 [f, h, w, C], or frames that the VAE is still to encode, uint8 [4n+1, H, W, 3].
+    available: so many latent frames it is.
     num_blocks: how many blocks there were before the new one, which numbers the noise.
     """
 
-    latents: np.ndarray | None
-    frames: np.ndarray | None
+    tail: Float[np.ndarray, "f h w c"] | UInt8[np.ndarray, "f h w 3"]
     available: int
     num_blocks: int
 
+    @property
+    def is_encoded(self) -> bool:
+        return self.tail.dtype == np.float32
 
-def header(checkpoint: "NativeCheckpoint", plan: RolloutPlan, height: int, width: int) -> dict[str, str]:
+
+def header(model: str, plan: RolloutPlan, height: int, width: int) -> dict[str, str]:
     """What a file of latents says about where it comes from; a run adds `blocks`, how many were made so far.
 
     Args:
+        model: its `fingerprint`.
         height, width: of the video in pixels.
     """
     rollout = dataclasses.asdict(plan)
     del rollout["sigmas"]
     return {
         "format": _FORMAT,
-        "model": fingerprint(checkpoint),
+        "model": model,
         "height": str(height),
         "width": str(width),
         "block": str(plan.block),
@@ -59,13 +61,13 @@ def header(checkpoint: "NativeCheckpoint", plan: RolloutPlan, height: int, width
     }
 
 
-def fingerprint(checkpoint: "NativeCheckpoint") -> str:
+def fingerprint(model: Model) -> str:
     """Tells checkpoints apart by sizes, structure and samples of the weights of transformer and VAE; milliseconds."""
     digest = hashlib.sha256()
-    for component in ("transformer", "vae"):
-        config = checkpoint.config(component).to_dict()
-        digest.update(json.dumps({component: config}, sort_keys=True, default=list).encode())
-        for path in checkpoint.files(component):
+    configs = {"transformer": model.config("transformer"), "vae": model.config("vae")}
+    for component, config in configs.items():
+        digest.update(json.dumps({component: config.to_dict()}, sort_keys=True, default=list).encode())
+        for path in model.files(component):
             size = path.stat().st_size
             digest.update(str(size).encode())
             with path.open("rb") as file:
@@ -153,7 +155,7 @@ def _from_latents(path: Any, count: int, vae: VaeConfig, expected: Mapping[str, 
     tail = np.ascontiguousarray(np.concatenate([part[-count:] for part in parts])[-count:], np.float32)
     if not np.isfinite(tail).all():
         raise UserError(f"continue_from: {path} holds NaN or infinity; give another file")
-    return Earlier(tail, None, len(tail), int(found["blocks"]))
+    return Earlier(tail, len(tail), int(found["blocks"]))
 
 
 def _channels_last(path: Any, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -179,7 +181,7 @@ def _from_video(path: Any, count: int, plan: RolloutPlan, vae: VaeConfig, expect
     latents = (len(frames) - 1) // stride + 1
     # Counted from the end, so that the frames fall into the latent frames that they came from.
     frames = frames[len(frames) - (stride * (latents - 1) + 1) :]
-    return Earlier(None, frames, latents, ((total - 1) // stride + 1) // plan.block)
+    return Earlier(frames, latents, ((total - 1) // stride + 1) // plan.block)
 
 
 def _last_frames(path: Any, count: int) -> tuple[np.ndarray, int]:
