@@ -44,7 +44,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "media",
     ),
     "pipeline": ("errors", "diffusion", "checkpoint.native", "media", "request", "memory", "generate"),
-    "": ("errors", "shipped", "request", "media", "pipeline"),  # x2v_jax itself: the public names
+    "": ("errors", "shipped", "media", "request", "generate", "pipeline"),  # x2v_jax itself: the public names
+    "video": ("media",),  # the old place of media.video, for one release
     "configs": ("config", "errors"),
     "convert": (*_LIBRARY, "config", ""),
     "infer": (*_LIBRARY, "config", ""),

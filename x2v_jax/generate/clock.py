@@ -1,12 +1,15 @@
 """Wall time of the parts of a run."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 
+_log = logging.getLogger(__name__)
+
 
 class Clock:
-    """Adds up seconds by name: `with clock("load"): …`."""
+    """Adds up seconds by name, and logs them: `with clock("load"): …`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -17,4 +20,6 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            _log.debug("%s: %.2f s", name, seconds)
