@@ -121,7 +121,9 @@ class Pipeline:
         memory = self.check_memory(request)
         clock = Clock()
         with self._explained(request), self._parts.precision():
-            noise = whole.noise(self._parts, request, request.plan)  # first: a file that does not fit costs no loading
+            shape, denoiser = request.latent_shape, self._parts.denoiser
+            # First, so that a file of noise that does not fit costs no loading.
+            noise = whole.noise(denoiser, request.seed, shape, request.plan, request.inputs)
             conditions = self._conditions(request, clock)
             latents = self._denoised(request, request.plan, noise, conditions, clock, on_step)
             values = np.asarray(latents)[0]

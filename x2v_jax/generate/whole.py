@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Key
 
 from x2v_jax.diffusion import image_condition, unipc
 from x2v_jax.generate.components import Parts
-from x2v_jax.generate.denoise import Conditions, Start
+from x2v_jax.generate.denoise import Conditions, Denoiser, Start
 from x2v_jax.generate.programs import Program
+from x2v_jax.request.inputs import Inputs
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan
 
 Renoise = Key[Array, ""] | Float[np.ndarray, "s f h w c"]
@@ -26,15 +27,20 @@ def schedule(plan: WholePlan) -> np.ndarray | unipc.Coefficients:
     return unipc.unipc_table(len(plan.sigmas), plan.shift)
 
 
-def noise(parts: Parts, request: ResolvedRequest, plan: WholePlan) -> tuple[Start, Renoise]:
+def noise(
+    denoiser: Denoiser, seed: int, shape: tuple[int, int, int, int], plan: WholePlan, inputs: Inputs
+) -> tuple[Start, Renoise]:
     """What to start from, and what is added between steps: the noise itself, or the key that gives it.
+
+    Args:
+        shape: [f, h, w, C] of the latents.
+        inputs: perhaps with a file of noise.
 
     Raises:
         UserError: the file of noise does not fit.
     """
-    shape = request.latent_shape
-    drawn, key = parts.denoiser.draw(request.seed, (1, *shape))
-    given = request.inputs.noise(shape, len(plan.sigmas) if plan.sampler == "step_distill" else None)
+    drawn, key = denoiser.draw(seed, (1, *shape))
+    given = inputs.noise(shape, len(plan.sigmas) if plan.sampler == "step_distill" else None)
     if given is None:
         return drawn, key
     initial, between = given
