@@ -3,8 +3,33 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"x2v_jax_test_cache_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import type_checks  # noqa: E402 - jax reads the environment when it is imported
+
+type_checks.install()
+
+# Test modules whose arrays may broadcast to another rank, and why. The dtypes of all are strict.
+RANK_PROMOTION_ALLOWED: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No array changes its dtype or its rank because another one has a different one."""
+    import jax
+
+    ranks = "allow" if request.module.__name__ in RANK_PROMOTION_ALLOWED else "raise"
+    settings = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": ranks}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

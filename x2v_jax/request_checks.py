@@ -4,7 +4,7 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from x2v_jax import request_rollout
 from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
@@ -21,6 +21,7 @@ _MAX_POSITIONS = 1024
 MAX_SEED = 2**32 - 1
 
 
+@runtime_checkable
 class Model(Protocol):
     """What `resolve` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
 

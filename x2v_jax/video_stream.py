@@ -40,9 +40,9 @@ class VideoStream:
         metadata: JSON values for the file's `comment` tag, which is in its header: what is known before the first
             frame. It can be read back with `video.read_metadata`.
 
-    >>> with VideoStream("long.mp4", 16) as stream:  # doctest: +SKIP
-    ...     for block in pipe.stream_blocks(request):
-    ...         stream.append(block.frames)
+    >>> with VideoStream("long.mp4", 16) as stream:
+    ...     for block in np.zeros((3, 4, 64, 96, 3), np.uint8):
+    ...         stream.append(block)
     """
 
     def __init__(self, path: Path, fps: float, metadata: Mapping[str, Any] | None = None):

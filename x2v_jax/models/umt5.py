@@ -71,7 +71,7 @@ class _Attention(nnx.Module):
         rows = self.q.prepare(x)
         q, k, v = (project(rows).reshape(*x.shape[:2], self.num_heads, -1) for project in (self.q, self.k, self.v))
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        logits = logits + bias.transpose(2, 0, 1)
+        logits = logits + bias.transpose(2, 0, 1)[None]
         logits = jnp.where(mask[:, None, None, :] == 0, jnp.finfo(jnp.float32).min, logits)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
         return self.o(y.reshape(*x.shape[:2], -1))

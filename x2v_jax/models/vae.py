@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -159,4 +160,6 @@ class WanVae(nnx.Module):
         return (mean, logvar), cache
 
     def _statistics(self) -> tuple[Array, Array]:
-        return jnp.array(self.config.latents_mean, jnp.float32), jnp.array(self.config.latents_std, jnp.float32)
+        """Mean and standard deviation of each channel, [1, 1, 1, 1, C]."""
+        mean, std = (jnp.array(x, jnp.float32) for x in (self.config.latents_mean, self.config.latents_std))
+        return broadcast_to_rank(mean, 5), broadcast_to_rank(std, 5)

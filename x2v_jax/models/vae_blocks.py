@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -34,7 +35,8 @@ class ChannelNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         # rsqrt of the sum, bounded so that the gradient at x = 0 is finite; 1e-24 is the square of torch's eps.
         inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24))
-        return (x32 * inverse * (x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32))).astype(x.dtype)
+        gamma = x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32)
+        return (x32 * inverse * broadcast_to_rank(gamma, x.ndim)).astype(x.dtype)
 
 
 def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: Any = "SAME") -> Array:
@@ -86,7 +88,7 @@ class CausalConv3d(nnx.Module):
         else:
             y = conv3d_valid_in_time(cache, x, kernel)
             cache = jnp.concatenate([cache, x], axis=1)[:, -2:] if x.shape[1] < 2 else x[:, -2:]
-        return y + self.bias[...].astype(self.dtype), cache
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim), cache
 
 
 class TimeConv(nnx.Module):
@@ -103,7 +105,8 @@ class TimeConv(nnx.Module):
         frames = (x.shape[1] - 3) // stride + 1
         taps = [x[:, t : t + stride * (frames - 1) + 1 : stride] for t in range(3)]
         stacked = jnp.concatenate(taps, axis=-1)
-        return stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+        y = stacked @ kernel.reshape(-1, kernel.shape[-1])
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class PointwiseConv(nnx.Module):
@@ -116,7 +119,8 @@ class PointwiseConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class Conv2d(nnx.Module):
@@ -131,7 +135,7 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Frames, **kwargs: Any) -> Frames:
         kernel = self.kernel[...].astype(self.dtype)
         y = _per_frame(lambda images: conv2d(images.astype(self.dtype), kernel, **kwargs), x)
-        return y + self.bias[...].astype(self.dtype)
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class ResidualBlock(nnx.Module):

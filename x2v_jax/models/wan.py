@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -55,7 +56,8 @@ class _PatchEmbedding(nnx.Module):
 
     def __call__(self, patches: Tokens) -> Tokens:
         kernel = self.kernel[...].astype(jnp.float32)
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(jnp.float32)
+        y = patches @ kernel.reshape(-1, kernel.shape[-1])
+        return y + broadcast_to_rank(self.bias[...].astype(jnp.float32), y.ndim)
 
 
 class _Head(nnx.Module):
@@ -247,7 +249,7 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int) -> Float[Array, "
     """cos then sin of timestep * 10000^(-i / (dim/2)), float32."""
     half = dim // 2
     frequencies = jnp.asarray(10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

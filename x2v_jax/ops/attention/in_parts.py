@@ -8,7 +8,7 @@ so the memory does not depend on how many rows there are; and rows that do not c
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ _SCORES = 1 << 23
 _ROWS = 512
 
 
+@runtime_checkable
 class ReadRows(Protocol):
     """Keys and values of some rows and heads, in the type to compute in; where they start may be traced."""
 
