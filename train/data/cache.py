@@ -32,6 +32,7 @@ class ShardNote:
 class CacheWriter:
     """Makes a cache, or goes on with one. Several hosts may work on one folder, each on its own shards.
 
+    >>> from train.data.cache_format import TensorSpec
     >>> items = [{"file": "a.mp4"}, {"file": "b.mp4"}, {"file": "c.mp4"}]
     >>> plan = Plan("latents", {}, {"latents": TensorSpec("float16", (8,))}, items, rows_per_shard=2)
     >>> writer = CacheWriter("cache", plan)

@@ -165,9 +165,9 @@ def _backward(how: _How, kept: Any, dy: Array) -> tuple[Any, ...]:
     z = lax.dot_general(
         source.astype(jnp.bfloat16), wide, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )  # compiled away unless GELU or the gate's gradient needs it
-    pull = jax.vjp(lambda z, bias, gate: epilogue(z, bias, how.activation, gate, None), z * scale, bias, gate)[1]
+    pull = jax.vjp(lambda z, bias, gate: epilogue(z, bias, how.activation, gate, None), z * scale[None], bias, gate)[1]
     dz, dbias, dgate = pull(dy)
-    dx = jnp.dot((dz * scale).astype(jnp.bfloat16), wide, preferred_element_type=jnp.float32).astype(source.dtype)
+    dx = jnp.dot((dz * scale[None]).astype(jnp.bfloat16), wide, preferred_element_type=jnp.float32).astype(source.dtype)
     return (
         dx if kind is None else kind._replace(source=dx),
         None,
