@@ -17,7 +17,10 @@ import type_checks  # noqa: E402 - jax reads the environment when it is imported
 type_checks.install()
 
 # Test modules whose arrays may broadcast to another rank, and why. The dtypes of all are strict.
-RANK_PROMOTION_ALLOWED: dict[str, str] = {}
+RANK_PROMOTION_ALLOWED = {
+    "test_reference": "the stand-ins for networks in the recorded cases add vectors of channels to latents",
+    "test_linear_8bit": "the layers that it compares with are written as NumPy would write them",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +36,13 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """For a test of what the library itself says to arguments that its annotations forbid."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

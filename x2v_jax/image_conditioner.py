@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +33,7 @@ class ImageConditioner:
         self._condition = jax.jit(self._condition_fn, static_argnames="frames")
         self._last: tuple[tuple[str, int], np.ndarray] | None = None
 
-    def latent_size(self, source: Any, max_area: int) -> tuple[int, int]:
+    def latent_size(self, source: object, max_area: int) -> tuple[int, int]:
         """Height and width in latent pixels of the video made from a picture; see `image_condition.latent_size`.
 
         Raises:
@@ -45,7 +44,7 @@ class ImageConditioner:
         return image_condition.latent_size(height, width, max_area, spatial_stride=stride, patch_size=self._patch_size)
 
     def __call__(
-        self, source: Any, size: tuple[int, int, int], clock: Clock
+        self, source: object, size: tuple[int, int, int], clock: Clock
     ) -> tuple[Float[Array, "1 n d"], Float[Array, "1 f h w c"]]:
         """CLIP's features, and the mask with the encoded picture. The networks are loaded, and stay.
 
@@ -79,7 +78,7 @@ class ImageConditioner:
         latents = self.vae.still(params, picture, frames)
         return image_condition.image_condition(latents, self.vae.network.config.temporal_stride)
 
-    def _load(self, source: Any) -> UInt8[np.ndarray, "h w 3"]:
+    def _load(self, source: object) -> UInt8[np.ndarray, "h w 3"]:
         """The last file is remembered, because size, condition and CLIP each ask for it. Arrays may change in place."""
         if not isinstance(source, str | os.PathLike) or not os.path.exists(source):
             return load_image(source)

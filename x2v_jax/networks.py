@@ -54,7 +54,7 @@ class Network:
     def __init__(
         self,
         component: str,
-        config: Any,
+        config: object,
         tensors: Mapping[str, LazyTensor],
         *,
         dtype: str,

@@ -58,7 +58,7 @@ class Pipeline:
     (1, 64, 64, 3)
     """
 
-    def __init__(self, checkpoint: store.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Any):
+    def __init__(self, checkpoint: store.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: object):
         """See `from_checkpoint`."""
         self.checkpoint = checkpoint
         self.options = RunOptions.of(options)
@@ -82,7 +82,7 @@ class Pipeline:
         """
         return cls(store.open_checkpoint(path), **options)
 
-    def __call__(self, prompt: str, **fields: Any) -> Frames:
+    def __call__(self, prompt: str, **fields: object) -> Frames:
         """Makes one video; fields are those of `Request` (height, width, num_frames, seed, image, …).
 
         Returns:
@@ -93,7 +93,7 @@ class Pipeline:
         """
         return self.generate(Request.of(prompt, fields)).frames
 
-    def stream(self, prompt: str, **fields: Any) -> Generator[Frames]:
+    def stream(self, prompt: str, **fields: object) -> Generator[Frames]:
         """Makes one video block by block: uint8 [f, H, W, 3], each block as soon as it is there.
 
         >>> pipe = Pipeline.from_checkpoint("assets/shapes_causal")

@@ -232,7 +232,7 @@ def _unipc_steps(schedule: Schedule) -> int:
     return schedule.num_inference_steps if not schedule.is_distilled else Schedule.num_inference_steps
 
 
-def _or(value: Any, default: Any) -> Any:
+def _or(value: object, default: object) -> Any:
     return default if value is None else value
 
 

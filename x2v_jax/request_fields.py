@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def as_config(cls: type, value: Any) -> Any:
+def as_config(cls: type, value: object) -> Any:
     return value if isinstance(value, cls) else cls.from_dict(value)
 
 
-def whole_problems(request: Any, name: str, low: int, high: int) -> list[str]:
+def whole_problems(request: object, name: str, low: int, high: int) -> list[str]:
     value = getattr(request, name)
     if value is None:
         return []
@@ -23,7 +23,7 @@ def whole_problems(request: Any, name: str, low: int, high: int) -> list[str]:
     return [] if low <= number <= high else [f"{name} is {number}; give a whole number from {low} to {high}"]
 
 
-def real_problems(request: Any, name: str, low: float, high: float) -> list[str]:
+def real_problems(request: object, name: str, low: float, high: float) -> list[str]:
     value = getattr(request, name)
     if value is None:
         return []
@@ -34,7 +34,7 @@ def real_problems(request: Any, name: str, low: float, high: float) -> list[str]
     return [] if low <= number <= high else [f"{name} is {value!r}; give a number from {low:g} to {high:g}"]
 
 
-def choice_problems(request: Any, name: str, choices: Sequence[str]) -> list[str]:
+def choice_problems(request: object, name: str, choices: Sequence[str]) -> list[str]:
     value = getattr(request, name)
     if value is None or value in choices:
         return []

@@ -64,7 +64,7 @@ def type_problems(request: "Request") -> list[str]:
     return problems
 
 
-def _schedule_problems(schedule: Any) -> list[str]:
+def _schedule_problems(schedule: object) -> list[str]:
     example = "give pairs of second and prompt with rising seconds above 0, such as ((5.0, 'a dog'), (10.0, 'a cat'))"
     if not isinstance(schedule, tuple | list):
         return [f"prompt_schedule is {schedule!r}; {example}"]

@@ -17,7 +17,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class VideoStream:
     ...         stream.append(block)
     """
 
-    def __init__(self, path: Path, fps: float, metadata: Mapping[str, Any] | None = None):
+    def __init__(self, path: Path, fps: float, metadata: Mapping[str, object] | None = None):
         self.path = pathlib.Path(path)
         self.num_frames = 0
         self._fps, self._metadata = fps, metadata
@@ -82,7 +82,7 @@ class VideoStream:
         self._fragments += 1
         self.num_frames += len(frames)
 
-    def close(self, metadata: Mapping[str, Any] | None = None) -> None:
+    def close(self, metadata: Mapping[str, object] | None = None) -> None:
         """Brings the video safely to the disk, and with metadata writes it as JSON beside it. May be called again.
 
         Raises:

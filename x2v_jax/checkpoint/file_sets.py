@@ -99,7 +99,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def is_plain_name(name: Any) -> bool:
+def is_plain_name(name: object) -> bool:
     """Whether `name` names a file directly in a folder, on any system."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
 

@@ -45,7 +45,7 @@ class Streamed:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, array: Any) -> "Streamed":
+    def of(cls, array: object) -> "Streamed":
         values = np.asarray(array)
         return cls(values.shape, values.dtype, lambda: [values])
 
@@ -255,8 +255,8 @@ def write_model_json(
     task: str | None,
     variant: str,
     schedule: Schedule,
-    components: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    components: Mapping[str, object],
+    provenance: Mapping[str, object],
     quantization: Mapping[str, str] | None = None,
     smoothing: Mapping[str, float] | None = None,
 ) -> None:
@@ -290,9 +290,9 @@ def save_native(
     task: str | None,
     variant: str,
     schedule: Schedule,
-    components: Mapping[str, tuple[Config, Mapping[str, Any]]],
+    components: Mapping[str, tuple[Config, Mapping[str, object]]],
     tokenizer_file: str | pathlib.Path | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
     references: Mapping[str, str] | None = None,
     quantization: Mapping[str, str] | None = None,
     overwrite: bool = False,

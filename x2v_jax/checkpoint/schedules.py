@@ -140,7 +140,7 @@ def check_field(name: str, value: Any, default: Any, where: str = "--schedule") 
         raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
 
 
-def _is_causal_schedule(value: Any) -> bool:
+def _is_causal_schedule(value: object) -> bool:
     if value is None:
         return True
     if not isinstance(value, Mapping) or not set(value) <= {field.name for field in dataclasses.fields(CausalSchedule)}:
@@ -157,7 +157,7 @@ def _is_causal_schedule(value: Any) -> bool:
     return all(good[name](v) for name, v in value.items())
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -167,5 +167,5 @@ def _is_step_list(values: list[Any]) -> bool:
     return all(a > b for a, b in itertools.pairwise(values))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -55,7 +55,7 @@ _DECLARED_NAMES = {
 }  # fmt: skip
 
 
-def infer_config(component: str, shapes: Shapes, declared: Mapping[str, Any] | None = None) -> Config:
+def infer_config(component: str, shapes: Shapes, declared: Mapping[str, object] | None = None) -> Config:
     """The config of a component.
 
     Args:
@@ -117,7 +117,7 @@ _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_siz
 _LISTS = {"patch_size": int, "dim_mult": int, "temporal_downsample": bool, "latents_mean": float, "latents_std": float}
 
 
-def check_types(component: str, said: Values, config: Mapping[str, Any]) -> None:
+def check_types(component: str, said: Values, config: Mapping[str, object]) -> None:
     """Refuses, say, a text where a number belongs, which would otherwise surface as an error far from the file.
 
     Args:
@@ -138,13 +138,13 @@ def check_types(component: str, said: Values, config: Mapping[str, Any]) -> None
             raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
 
 
-def _is_a(kind: type, value: Any) -> bool:
+def _is_a(kind: type, value: object) -> bool:
     if kind in (bool, str):
         return isinstance(value, kind)
     return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
 
 
-def _refuse_other_transformers(config: Mapping[str, Any]) -> None:
+def _refuse_other_transformers(config: Mapping[str, object]) -> None:
     kind = config.get("model_type", "t2v")
     if kind not in ("t2v", "i2v"):
         raise UserError(f"transformer: model_type is {kind!r} in config.json; this project runs 't2v' and 'i2v'")

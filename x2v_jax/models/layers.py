@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from x2v_jax.models.host_blocks import lie_on_host, scan_from_host
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
@@ -212,13 +212,13 @@ _ATTENTION_OUTPUT = "attention_output"
 
 def scan_blocks(
     blocks: nnx.Module,
-    x: Any,
-    apply: Callable[..., Any],
+    x: PyTree[Array],
+    apply: Callable[..., PyTree[Array]],
     *,
     last: int | None = None,
-    inputs: Any = None,
+    inputs: PyTree[Array] = None,
     remat: Remat = "none",
-) -> Any:
+) -> PyTree[Array]:
     """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given). x may be a tree.
 
     Args:
@@ -232,7 +232,7 @@ def scan_blocks(
     if last is not None:
         params = jax.tree.map(lambda leaf: leaf[:last], params)
 
-    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
+    def step(carry: PyTree[Array], layer: tuple[PyTree[Array], PyTree[Array]]) -> tuple[PyTree[Array], None]:
         block = nnx.merge(graphdef, layer[0])
         return (apply(block, carry) if inputs is None else apply(block, carry, layer[1])), None
 

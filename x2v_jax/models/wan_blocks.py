@@ -28,11 +28,11 @@ Prepared = Tokens | QuantizedRows
 class KeyValueCache(Protocol):
     """Keys and values of earlier frames in every layer; a tree of arrays. `layer` and `start_frame` may be traced."""
 
-    def write(self, layer: Any, keys: Array, values: Array, start_frame: Any) -> Self:
+    def write(self, layer: object, keys: Array, values: Array, start_frame: object) -> Self:
         """Stores keys and values [B, L, H, D] of the whole frames from `start_frame` on. Keys are already turned."""
         ...
 
-    def attend(self, layer: Any, q: Array, end_frame: Any, *, implementation: Any, precision: Any) -> Array:
+    def attend(self, layer: object, q: Array, end_frame: object, *, implementation: object, precision: object) -> Array:
         """Attention of queries [B, L, H, D] that end before `end_frame` to the rows that a layer has by then.
 
         implementation, precision: as of `ops.attention.attention`.
@@ -197,7 +197,7 @@ class Block(nnx.Module):
         time: Float[Array, "b *f 6 _"],
         keys: CrossKeys,
         rope: RopeTables,
-        cache: Any,
+        cache: object,
         layer: Array,
         start_frame: Array,
         end_frame: Array,

@@ -41,6 +41,10 @@ Index = Array | int
 Refs = dict[str, jax.Ref]
 # Output, maximum and sum of a warpgroup's queries so far.
 Carry = tuple[Array, Array, Array]
+# Of queries and of values.
+Scales = tuple[Array | None, Array | None]
+# The carry at the end, and the scales of values.
+Result = tuple[Array, Array, Array, Array | None]
 
 
 class KernelInputs(NamedTuple):
@@ -285,7 +289,9 @@ def _compute(plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Arra
     _store(plan, gmem, smem, place, warpgroup, base, (out, top, total, v_scale))
 
 
-def _fetch_queries(gmem: Refs, smem: Refs, place: _Place, warpgroup: Array, base: Array) -> tuple[Array | None, Array | None]:
+def _fetch_queries(
+    gmem: Refs, smem: Refs, place: _Place, warpgroup: Array, base: Array
+) -> tuple[Array | None, Array | None]:
     """Brings queries into shared memory; (their scales, the scales of values), each None where there are none."""
     ready = smem["q_ready"].at[warpgroup]
     rows = pl.ds(base, ROWS)
@@ -325,7 +331,7 @@ def _eight_bit_probabilities(plan: _Plan, smem: Refs, warpgroup: Array, p: Array
     return smem["p"].at[warpgroup]
 
 
-def _plus_values(out: Array, p: Array, values: Any) -> Array:
+def _plus_values(out: Array, p: Array, values: object) -> Array:
     return pl.run_state(lambda total: plgpu.wgmma(total, p, values))(plgpu.ACC.init(out))
 
 
@@ -340,7 +346,13 @@ def _plus_values_8bit(out: Array, decay: Array, p: Any, values: Any) -> Array:
 
 
 def _store(
-    plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Array, base: Array, result: tuple[Array, Array, Array, Array | None]
+    plan: _Plan,
+    gmem: Refs,
+    smem: Refs,
+    place: _Place,
+    warpgroup: Array,
+    base: Array,
+    result: Result,
 ) -> None:
     out, top, total, v_scale = result
     rows = pl.ds(base, ROWS)

@@ -26,7 +26,8 @@ def rms_normalize(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: floa
 def rotate(x: Float[Array, "b l n h"], cos: Float[Array, "#l h"], sin: Float[Array, "#l h"]) -> Float[Array, "b l n h"]:
     """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent channels of each head; x float32, sin signed."""
     swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
-    return x * cos[None, :, None] + swapped * sin[None, :, None]
+    cos, sin = (lax.broadcast_to_rank(table[:, None], x.ndim) for table in (cos, sin))
+    return x * cos + swapped * sin
 
 
 def layernorm_modulate(

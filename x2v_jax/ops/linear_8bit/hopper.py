@@ -233,7 +233,15 @@ def _multiply(smem: Refs, wg: Array, count: Array, steps: int, config: MatmulCon
 
 
 def _finish(
-    gmem: Refs, smem: Refs, out: jax.Ref, wg: Array, row: Array, column: Array, sums: Array, activation: Activation, config: MatmulConfig
+    gmem: Refs,
+    smem: Refs,
+    out: jax.Ref,
+    wg: Array,
+    row: Array,
+    column: Array,
+    sums: Array,
+    activation: Activation,
+    config: MatmulConfig,
 ) -> None:
     """Scales and the rest of the epilogue, `epilogue_n` columns at a time, out through shared memory."""
     width, slots = config.epilogue_n, config.epilogue_slots
