@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,41 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"x2v_jax_test_cache_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import type_checks  # noqa: E402 - jax reads the environment when it is imported
+
+type_checks.install()
+
+# Test modules whose arrays may broadcast to another rank, and why. The dtypes of all are strict.
+RANK_PROMOTION_ALLOWED = {
+    "test_reference": "the stand-ins for networks in the recorded cases add vectors of channels to latents",
+    "test_linear_8bit": "the layers that it compares with are written as NumPy would write them",
+}
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No array changes its dtype or its rank because another one has a different one."""
+    import jax
+
+    ranks = "allow" if request.module.__name__ in RANK_PROMOTION_ALLOWED else "raise"
+    settings = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": ranks}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """For a test of what the library itself says to arguments that its annotations forbid."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

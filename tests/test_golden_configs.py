@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs.flags import load_config
+from x2v_jax.config.flags import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "configs"

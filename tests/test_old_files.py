@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 
-from configs.flags import load_config
 from convert.__main__ import main as convert
 from infer.__main__ import main as infer
 from train.cli import main as train_main
@@ -22,7 +22,7 @@ from train.data.check import check
 from train.loop import Stopped, train
 from train.prepare.__main__ import main as prepare
 from x2v_jax import Pipeline, compiled_programs
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.config.flags import load_config
 from x2v_jax.video import read_frames, read_metadata
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "v0_1"

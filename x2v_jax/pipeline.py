@@ -58,8 +58,9 @@ class Result:
 class Pipeline:
     """Makes videos with one checkpoint. Build it with `from_checkpoint`.
 
-    >>> pipe = Pipeline.from_checkpoint("assets/shapes")  # doctest: +SKIP
-    >>> frames = pipe("a red circle moves left", seed=1)  # doctest: +SKIP
+    >>> pipe = Pipeline.from_checkpoint("assets/shapes_t2v_4step")
+    >>> pipe("a red circle moves left", num_frames=1, seed=1).shape
+    (1, 64, 64, 3)
     """
 
     def __init__(
@@ -135,7 +136,9 @@ class Pipeline:
     def stream(self, prompt: str, **fields: Unpack[RequestFields]) -> Generator[Frames]:
         """Makes one video block by block: uint8 [f, H, W, 3], each block as soon as it is there.
 
-        >>> for frames in pipe.stream("a red circle moves left", seconds=10.0): ...  # doctest: +SKIP
+        >>> pipe = Pipeline.from_checkpoint("assets/shapes_causal")
+        >>> [frames.shape for frames in pipe.stream("a red circle moves left", num_frames=9)]
+        [(9, 64, 64, 3)]
 
         Args:
             fields: those of `Request`.

@@ -209,7 +209,7 @@ def test_a_limit_of_the_system_is_met_in_the_same_way(tmp_path: pathlib.Path):
 import resource
 import numpy as np
 from x2v_jax.errors import UserError
-from x2v_jax.video_stream import VideoStream
+from x2v_jax.media.growing_mp4 import VideoStream
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
 stream = VideoStream({str(tmp_path / "a.mp4")!r}, 16)
@@ -229,7 +229,7 @@ stream.close({{"seed": 1}})
 def test_a_killed_program_leaves_every_block_that_it_had_appended(tmp_path: pathlib.Path):
     code = f"""
 import numpy as np
-from x2v_jax.video_stream import VideoStream
+from x2v_jax.media.growing_mp4 import VideoStream
 noise = np.random.default_rng(0).integers(0, 255, (4, 256, 256, 3), np.uint8)
 stream = VideoStream({str(tmp_path / "a.mp4")!r}, 16, {{"seed": 1}})
 while True:

@@ -68,7 +68,8 @@ def test_eight_bit_weights_are_refused_by_name():
 def test_the_cache_of_a_block_by_block_video_is_counted_once(kind: str, sink: int):
     config = tiny_models.T2V
     plan = RolloutPlan((1.0,), window=9, sink=sink, mode="sliding", positions="relative")
-    rollout = Rollout(None, config, plan, (4, 6), cache_dtype=kind)  # type: ignore[arg-type]
+    graphdef, _ = functional.abstract(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+    rollout = Rollout(graphdef, config, plan, (4, 6), cache_dtype=kind)
     shapes = jax.eval_shape(rollout.empty_cache)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     blocks = predict.BlockSizes(block=3, window=9, kv_cache=kind, originals=sink)

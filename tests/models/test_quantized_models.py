@@ -157,6 +157,7 @@ def test_a_new_float_layer_is_what_it_was():
     assert isinstance(made, Linear) and jnp.array_equal(made.kernel[...], again.kernel[...])
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("field", ["attention", "attention_precision", "linear", "linear_activations"])
 def test_a_choice_that_does_not_exist_is_named(field):
     with pytest.raises(UserError, match=f"{field} is 'best'; it must be one of"):

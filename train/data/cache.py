@@ -32,10 +32,14 @@ class ShardNote:
 class CacheWriter:
     """Makes a cache, or goes on with one. Several hosts may work on one folder, each on its own shards.
 
-    >>> writer = CacheWriter(path, plan)  # doctest: +SKIP
+    >>> from train.data.cache_format import TensorSpec
+    >>> items = [{"file": "a.mp4"}, {"file": "b.mp4"}, {"file": "c.mp4"}]
+    >>> plan = Plan("latents", {}, {"latents": TensorSpec("float16", (8,))}, items, rows_per_shard=2)
+    >>> writer = CacheWriter("cache", plan)
     >>> for shard in writer.pending():
-    ...     writer.write(shard, {"latents": encode(plan.rows(shard))})
+    ...     writer.write(shard, {"latents": np.zeros((len(plan.rows(shard)), 8), np.float16)})
     >>> writer.finish()
+    True
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan):

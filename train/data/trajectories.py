@@ -20,10 +20,12 @@ from x2v_jax.errors import UserError
 class TrajectoryWriter:
     """Takes trajectories shard by shard. What is there already is not asked for again.
 
-    >>> writer = TrajectoryWriter(path, prompts=texts, latent_size=(21, 60, 104, 16), sigmas=sigmas)  # doctest: +SKIP
-    >>> for shard, rows in writer.pending(host, hosts):
-    ...     writer.write(shard, generate(rows))
+    >>> texts = ["a red circle moves left", "a blue square moves down"]
+    >>> writer = TrajectoryWriter("trajectories", prompts=texts, latent_size=(3, 8, 8, 16), sigmas=(1.0, 0.5, 0.0))
+    >>> for shard, rows in writer.pending():
+    ...     writer.write(shard, np.zeros((len(rows), 3, 3, 8, 8, 16)))
     >>> writer.finish()
+    True
 
     Args:
         path: the folder to make.

@@ -135,7 +135,9 @@ def dmd_loss(
     """
     gradient = jax.lax.stop_gradient(gradient.astype(jnp.float32))
     x0 = x0.astype(jnp.float32)
-    weight = jnp.ones_like(x0) if mask is None else jnp.broadcast_to(mask[..., None, None, None], x0.shape)
+    weight = jnp.ones_like(x0)
+    if mask is not None:
+        weight = jnp.broadcast_to(mask[..., None, None, None], x0.shape).astype(x0.dtype)
     total = jnp.maximum(weight.sum(dtype=jnp.float32), 1.0)
     value = 0.5 * jnp.sum(gradient**2 * weight) / total
     # The second part is zero, and carries the derivative.

@@ -15,6 +15,8 @@ from x2v_jax.errors import UserError
 Image = UInt8[np.ndarray, "_ _ 3"]
 # A jax array, whose type cannot be named without loading jax.
 Latents = Float[Any, "*b f h w c"]
+# A mask and latents side by side: d channels are temporal stride + c.
+Condition = Float[Any, "*b f h w d"]
 
 # The rotary tables of the published networks hold so many positions an axis.
 _MAX_PATCHES = 1024
@@ -163,7 +165,7 @@ def condition_mask(
     return mask
 
 
-def image_condition(latents: Float[Any, "*b f h w c"], temporal_stride: int = 4) -> Latents:
+def image_condition(latents: Float[Any, "*b f h w c"], temporal_stride: int = 4) -> Condition:
     """Mask and latents of the picture, which the transformer takes beside the noisy latents on every step.
 
     Args:

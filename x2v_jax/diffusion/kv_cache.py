@@ -19,7 +19,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from x2v_jax.diffusion.kv_storage import EightBit, Stored, dtype_of, empty, restore, storage_dtypes, store
 from x2v_jax.models.causal import check_whole, check_window
@@ -181,7 +181,9 @@ class KVCache:
 
 
 def _read_like(q: Array) -> ReadRows:
-    def read(source: Any, first_row: Any, rows: int, first_head: Any, heads: int) -> tuple[Array, Array]:
+    def read(
+        source: PyTree[Array], first_row: Array | int, rows: int, first_head: Array | int, heads: int
+    ) -> tuple[Array, Array]:
         cache, layer = source
         k, v = (restore(_rows(x, layer, first_row, rows, first_head, heads), q.dtype) for x in (cache.k, cache.v))
         return k, v
@@ -189,7 +191,7 @@ def _read_like(q: Array) -> ReadRows:
     return read
 
 
-def _in_place(source: Any) -> RowsInPlace | None:
+def _in_place(source: PyTree[Array]) -> RowsInPlace | None:
     """All layers' rows as they are kept; what is kept in 8 bits has to be multiplied out first."""
     cache, layer = source
     if isinstance(cache.k, EightBit) or isinstance(cache.v, EightBit):
@@ -203,7 +205,9 @@ def _floating(stored: Stored) -> DTypeLike:
     return jnp.float32 if dtype.itemsize == 1 else dtype
 
 
-def _rows(stored: Any, layer: Any, row: Any, rows: int, head: Any = 0, heads: int | None = None) -> Any:
+def _rows(
+    stored: Any, layer: Array | int, row: Array | int, rows: int, head: Array | int = 0, heads: int | None = None
+) -> Any:
     """[B, rows, heads, D] of a layer, of each array that is stored."""
 
     def some(x: Array) -> Array:
@@ -213,7 +217,7 @@ def _rows(stored: Any, layer: Any, row: Any, rows: int, head: Any = 0, heads: in
     return jax.tree.map(some, stored)
 
 
-def _put(stored: Any, new: Array, layer: Any, row: Any) -> Any:
+def _put(stored: Any, new: Array, layer: Array | int, row: Array | int) -> Any:
     def put(x: Array, rows: Array) -> Array:
         return jax.lax.dynamic_update_slice(x, rows[None], (layer, 0, row, 0, 0))
 

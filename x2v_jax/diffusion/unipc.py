@@ -9,7 +9,7 @@ every step, so it compiles once and can be scanned.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from x2v_jax.diffusion.flow import x0_from_velocity
 from x2v_jax.diffusion.schedules import unipc_schedule
 
 VelocityFn = Callable[[Array, Array], Array]
+Coefficient = Float[Array | np.ndarray, "*steps"]
 
 
 class Coefficients(NamedTuple):
@@ -29,18 +30,18 @@ class Coefficients(NamedTuple):
     corrected sample of the step before.
     """
 
-    sigma: Any
-    timestep: Any
+    sigma: Coefficient
+    timestep: Coefficient
     # corrected = correct_x * x + correct_last * x_last + correct_new * m_new + correct_m0 * m0 + correct_m1 * m1
-    correct_x: Any
-    correct_last: Any
-    correct_new: Any
-    correct_m0: Any
-    correct_m1: Any
+    correct_x: Coefficient
+    correct_last: Coefficient
+    correct_new: Coefficient
+    correct_m0: Coefficient
+    correct_m1: Coefficient
     # next sample = predict_x * corrected + predict_new * m_new + predict_m0 * m0
-    predict_x: Any
-    predict_new: Any
-    predict_m0: Any
+    predict_x: Coefficient
+    predict_new: Coefficient
+    predict_m0: Coefficient
 
 
 class UniPCState(NamedTuple):

@@ -230,7 +230,7 @@ class _Watch:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "x2v_jax device clock")
         return self
 
-    def end_of(self, arrays: Any) -> "concurrent.futures.Future[float]":
+    def end_of(self, arrays: object) -> "concurrent.futures.Future[float]":
         def wait() -> float:
             jax.block_until_ready(arrays)
             return time.perf_counter()

@@ -30,7 +30,7 @@ _ENTRY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}-cache")
 _LARGEST = 1 << 30  # of one program; the whole 14B sampler is some MB
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity(config: Mapping[str, object]) -> dict[str, Any]:
     """What programs depend on: versions, the device, and the run's config."""
     import importlib.metadata
 
@@ -47,7 +47,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def save(path: str | os.PathLike[str], cache: pathlib.Path, made_for: Mapping[str, Any]) -> int:
+def save(path: str | os.PathLike[str], cache: pathlib.Path, made_for: Mapping[str, object]) -> int:
     """Writes the programs of a cache folder to a file, and returns how many there are.
 
     Raises:
@@ -93,7 +93,7 @@ def _unwritable(target: pathlib.Path, error: OSError) -> UserError:
     return UserError(f"compiled_programs: {target} cannot be written: {error.strerror}; give another file")
 
 
-def install(path: str | os.PathLike[str], cache: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
+def install(path: str | os.PathLike[str], cache: pathlib.Path, wanted: Mapping[str, object]) -> bool:
     """Puts a file's programs into a cache folder, unless they were made for something else: then it warns.
 
     Args:
@@ -164,7 +164,7 @@ def _differences(made_for: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iter
             yield f"{name} {_short(old)} and this is {_short(new)}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text.splitlines()[0][:80] if text else "''"
 

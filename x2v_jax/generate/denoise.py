@@ -138,7 +138,7 @@ class Denoiser:
 
     def programs(
         self,
-        params: Any,
+        params: object,
         conditions: Conditions,
         shape: tuple[int, ...],
         schedule: np.ndarray | unipc.Coefficients,
@@ -177,7 +177,7 @@ class Denoiser:
         return self._step_noise(renoise, np.int32(i), shape=shape) if _is_key(renoise) else renoise[i][None]
 
     def _distill_step_fn(
-        self, params: Any, conditions: Conditions, latents: Array, sigma: Array, following: Array, added: Array
+        self, params: object, conditions: Conditions, latents: Array, sigma: Array, following: Array, added: Array
     ) -> tuple[Array, Array]:
         velocity = self._velocity(params, conditions, latents, timestep_from_sigma(sigma))
         latents = step_distill.step(latents, velocity, sigma, following, added)
@@ -195,13 +195,13 @@ class Denoiser:
         return step_distill.scan(velocity, initial, sigmas, after, _is_finite)
 
     def _unipc_step_fn(
-        self, params: Any, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients
+        self, params: object, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients
     ) -> tuple[unipc.UniPCState, Array]:
         state = unipc.step(state, self._velocity(params, conditions, state.latents, c.timestep), c)
         return state, _is_finite(state.latents)
 
     def _unipc_all_fn(
-        self, params: Any, conditions: Conditions, initial: Array, table: unipc.Coefficients
+        self, params: object, conditions: Conditions, initial: Array, table: unipc.Coefficients
     ) -> tuple[Array, Array]:
         step = functools.partial(self._unipc_step_fn, params, conditions)
         state, finite = jax.lax.scan(step, unipc.init_state(initial), jax.tree.map(jnp.asarray, table))

@@ -53,7 +53,7 @@ class Network:
     def __init__(
         self,
         component: str,
-        config: Any,
+        config: object,
         tensors: Mapping[str, LazyTensor],
         *,
         dtype: str,

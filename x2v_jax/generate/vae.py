@@ -14,6 +14,7 @@ from x2v_jax.media.pixels import to_uint8
 from x2v_jax.memory import device
 from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models import functional
+from x2v_jax.models.vae import Cache
 from x2v_jax.models.vae_tiling import TILE, decode_tiled
 
 DecodeMethod = Literal["auto", "whole", "stream", "tiled"]
@@ -93,7 +94,7 @@ class VaeRunner:
             return first
         grey = jnp.zeros((1, stride, *picture.shape[2:]), picture.dtype)
 
-        def encode(cache: Any, _: None) -> tuple[Any, Array]:
+        def encode(cache: Cache, _: None) -> tuple[Cache, Array]:
             latents, cache = vae.encode_chunk(grey, cache)
             return cache, latents
 
@@ -146,7 +147,7 @@ class VaeRunner:
             if latents.shape[1] == 1:
                 return finish(first)
 
-            def decode_frame(cache: Any, frame: Array) -> tuple[Any, Array]:
+            def decode_frame(cache: Cache, frame: Array) -> tuple[Cache, Array]:
                 video, cache = vae.decode_chunk(frame[:, None], cache)
                 return cache, finish(video)
 
@@ -155,8 +156,8 @@ class VaeRunner:
 
         return decode
 
-    def _chunk(self, finish: Callable[[Array], Array]) -> Callable[..., tuple[Array, Any]]:
-        def decode_chunk(params: functional.Params, latents: Array, cache: Any) -> tuple[Array, Any]:
+    def _chunk(self, finish: Callable[[Array], Array]) -> Callable[..., tuple[Array, Cache]]:
+        def decode_chunk(params: functional.Params, latents: Array, cache: Cache) -> tuple[Array, Cache]:
             video, cache = self._merge(params).decode_chunk(latents, cache)
             return finish(video), cache
 
@@ -174,7 +175,7 @@ class StreamDecoder:
         self._params = runner.network.load()
         self._tiled = tiled
         # One for the whole picture, or one for each tile.
-        self._caches: list[Any] = [None]
+        self._caches: list[Cache] = [None]
 
     def __call__(self, latents: Float[Array, "1 f h w c"]) -> list[UInt8[Array | np.ndarray, "1 _ H W 3"]]:
         """The next latent frames -> their frames, in pieces: one frame for the video's first, else four, of each.
@@ -192,7 +193,7 @@ class StreamDecoder:
     def _decode_tiled(self, latents: Array) -> np.ndarray:
         before, after = iter(self._caches), []
 
-        def decode_tile(tile: Any) -> Any:
+        def decode_tile(tile: object) -> Any:
             video, cache = self._runner._decode_chunk_float(self._params, tile, next(before, None))
             after.append(cache)
             return video

@@ -17,7 +17,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -40,12 +40,12 @@ class VideoStream:
         metadata: JSON values for the file's `comment` tag, which is in its header: what is known before the first
             frame. It can be read back with `video.read_metadata`.
 
-    >>> with VideoStream("long.mp4", 16) as stream:  # doctest: +SKIP
-    ...     for block in pipe.stream_blocks(request):
-    ...         stream.append(block.frames)
+    >>> with VideoStream("long.mp4", 16) as stream:
+    ...     for block in np.zeros((3, 4, 64, 96, 3), np.uint8):
+    ...         stream.append(block)
     """
 
-    def __init__(self, path: Path, fps: float, metadata: Mapping[str, Any] | None = None):
+    def __init__(self, path: Path, fps: float, metadata: Mapping[str, object] | None = None):
         self.path = pathlib.Path(path)
         self.num_frames = 0
         self._fps, self._metadata = fps, metadata
@@ -82,7 +82,7 @@ class VideoStream:
         self._fragments += 1
         self.num_frames += len(frames)
 
-    def close(self, metadata: Mapping[str, Any] | None = None) -> None:
+    def close(self, metadata: Mapping[str, object] | None = None) -> None:
         """Brings the video safely to the disk, and with metadata writes it as JSON beside it. May be called again.
 
         Raises:

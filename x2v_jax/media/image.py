@@ -27,7 +27,7 @@ _UPRIGHT = {
 }
 
 
-def load_image(source: Any) -> UInt8[np.ndarray, "height width 3"]:
+def load_image(source: object) -> UInt8[np.ndarray, "height width 3"]:
     """Reads a picture as a person would see it in a viewer.
 
     - It is turned upright by its EXIF orientation. (LightX2V ignores it and animates phone photos lying on their side.)

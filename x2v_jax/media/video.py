@@ -32,7 +32,7 @@ _METADATA_KEY = "comment"  # one of the few tags that mp4 players and editors ke
 
 
 def encode_video(
-    frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None, *, movflags: str = ""
+    frames: np.ndarray, fps: float, metadata: Mapping[str, object] | None = None, *, movflags: str = ""
 ) -> bytes:
     """An mp4 as bytes: H.264, yuv420p, BT.709.
 
@@ -77,7 +77,7 @@ def frame_rate(fps: float) -> fractions.Fraction:
     return fractions.Fraction(fps).limit_denominator(1001)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, object] | None = None) -> None:
     """Writes `encode_video`'s bytes, and with metadata the same JSON beside it (NAME.mp4 -> NAME.json).
 
     Missing folders are made; existing files are replaced.
@@ -92,7 +92,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[st
     write_files(contents)
 
 
-def settings_file(path: Path, metadata: Mapping[str, Any]) -> dict[pathlib.Path, bytes]:
+def settings_file(path: Path, metadata: Mapping[str, object]) -> dict[pathlib.Path, bytes]:
     """For `write_files`: the JSON beside a video, NAME.json for NAME.mp4."""
     return {pathlib.Path(path).with_suffix(".json"): (_json(metadata, indent=2) + "\n").encode()}
 
@@ -169,7 +169,7 @@ def write_files(contents: Mapping[pathlib.Path, bytes]) -> None:
             stack.enter_context(complete_file(path, len(data))).write_at(0, data)
 
 
-def _json(metadata: Mapping[str, Any], indent: int | None = None) -> str:
+def _json(metadata: Mapping[str, object], indent: int | None = None) -> str:
     """JSON that UTF-8 can hold: bytes of a command line that are no text come as lone surrogates and are escaped."""
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, indent=indent)
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -7,7 +7,7 @@ programs (`tests/memory/test_memory.py` holds the prediction against such report
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ _EIGHT_BIT = {np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)}
 _QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 
 
+@runtime_checkable
 class Weights(Protocol):
     """What `plan` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
 

@@ -49,7 +49,7 @@ def is_listening() -> bool:
 
 
 @contextlib.contextmanager
-def in_layer(number: Any) -> Iterator[None]:
+def in_layer(number: object) -> Iterator[None]:
     """A context of what is traced: this layer (from 0) is at work."""
     global _layer
     before, _layer = _layer, number

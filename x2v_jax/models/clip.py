@@ -120,5 +120,5 @@ class ClipVisionTower(nnx.Module):
         """
         patches = self.patch_embedding(pixels).astype(jnp.float32)
         cls = jnp.broadcast_to(self.cls_embedding[...].astype(jnp.float32), (patches.shape[0], 1, patches.shape[2]))
-        x = jnp.concatenate([cls, patches], axis=1) + self.pos_embedding[...].astype(jnp.float32)
+        x = jnp.concatenate([cls, patches], axis=1) + self.pos_embedding[...].astype(jnp.float32)[None]
         return scan_blocks(self.blocks, self.pre_norm(x), lambda block, x: block(x), last=self.config.num_layers - 1)

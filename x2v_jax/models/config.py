@@ -13,7 +13,7 @@ class _FromDict:
     _ALIASES: Mapping[str, str] = {}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Builds the config from JSON values. Unknown keys are ignored: published config.json files carry many others.
 
         Raises:
@@ -183,7 +183,7 @@ class Schedule(_FromDict):
     causal: CausalSchedule | None = None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         causal = values.get("causal")
         if isinstance(causal, Mapping):
             values = {**values, "causal": CausalSchedule.from_dict(causal)}

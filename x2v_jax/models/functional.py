@@ -28,11 +28,11 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     return nnx.merge(graphdef, nnx.State(_with_int_keys(params)))
 
 
-def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(params: Mapping[str, object]) -> dict[str, Any]:
     """{"blocks": {"ffn": {"kernel": a}}} -> {"blocks.ffn.kernel": a}, in sorted order of names."""
     flat: dict[str, Any] = {}
 
-    def visit(prefix: str, node: Any):
+    def visit(prefix: str, node: object):
         if isinstance(node, Mapping):
             for key, value in node.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), value)
@@ -43,7 +43,7 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(flat.items()))
 
 
-def unflatten(flat: Mapping[str, Any]) -> Params:
+def unflatten(flat: Mapping[str, object]) -> Params:
     """The inverse of `flatten`."""
     tree: Params = {}
     for name, value in flat.items():
@@ -59,11 +59,11 @@ def parameter_count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _plain(tree: Any) -> Any:
+def _plain(tree: object) -> Any:
     return {str(k): _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _with_int_keys(tree: Any) -> Any:
+def _with_int_keys(tree: object) -> Any:
     # nnx.List children carry integer keys; file formats only know strings.
     if not isinstance(tree, Mapping):
         return tree

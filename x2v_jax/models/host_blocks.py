@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 
 def with_blocks_on_host(model: Any) -> Any:
@@ -18,13 +19,13 @@ def with_blocks_on_host(model: Any) -> Any:
     return model
 
 
-def lie_on_host(blocks: Any) -> bool:
+def lie_on_host(blocks: object) -> bool:
     """Whether stacked blocks have their weights in the host's memory."""
     # Said, not seen: while a program is compiled ahead, there are shapes for arguments, and no memory that they lie in.
     return getattr(blocks, "weights_on_host", False)
 
 
-def one_block(params: Any, i: Any) -> Any:
+def one_block(params: PyTree[Array], i: Array | int) -> PyTree[Array]:
     """The weights of block i, on the device: with what is in the host's memory nothing can be computed.
 
     Args:
@@ -32,13 +33,18 @@ def one_block(params: Any, i: Any) -> Any:
         i: may be traced.
     """
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: Array) -> Array:
         return jax.device_put(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), jax.memory.Space.Device)
 
     return jax.tree.map(one, params)
 
 
-def scan_from_host(step: Callable[[Any, Any], Any], x: Any, params: Any, inputs: Any) -> Any:
+def scan_from_host(
+    step: Callable[[PyTree[Array], tuple[PyTree[Array], PyTree[Array]]], PyTree[Array]],
+    x: PyTree[Array],
+    params: PyTree[Array],
+    inputs: PyTree[Array],
+) -> PyTree[Array]:
     """x -> step(x, (one block's weights, its inputs)) over all blocks in order.
 
     Args:
@@ -46,7 +52,7 @@ def scan_from_host(step: Callable[[Any, Any], Any], x: Any, params: Any, inputs:
     """
     layers = len(jax.tree.leaves(params)[0])
 
-    def body(i: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    def body(i: Array, carry: tuple[PyTree[Array], PyTree[Array]]) -> tuple[PyTree[Array], PyTree[Array]]:
         x, weights = carry
         # The last block's again at the end: one superfluous copy, which spares a second program for it.
         following = one_block(params, jnp.minimum(i + 1, layers - 1))
@@ -55,7 +61,7 @@ def scan_from_host(step: Callable[[Any, Any], Any], x: Any, params: Any, inputs:
     return jax.lax.fori_loop(0, layers, body, (x, one_block(params, 0)))[0]
 
 
-def map_from_host(function: Callable[[Any], Any], params: Any) -> Any:
+def map_from_host(function: Callable[[PyTree[Array]], PyTree[Array]], params: PyTree[Array]) -> PyTree[Array]:
     """function(one block's weights) of all blocks, stacked. params: a tree with a leading layer axis."""
     layers = len(jax.tree.leaves(params)[0])
     return jax.lax.map(lambda i: function(one_block(params, i)), jnp.arange(layers))

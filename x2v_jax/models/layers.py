@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from x2v_jax.models.host_blocks import lie_on_host, scan_from_host
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         # One matrix of rows: with batch axes kept, XLA's CPU backend transposes element by element in the gradient.
         y = jnp.dot(x.astype(self.dtype).reshape(-1, x.shape[-1]), kernel)
-        y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
         return y.reshape(*x.shape[:-1], -1)
 
     def prepare(self, x: Float[Array, "*b i"], plus: Float[Array, "*b i"] | None = None) -> Float[Array, "*b i"]:
@@ -184,7 +185,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         y = normalize(x, self.eps)
-        return y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        scale, bias = (broadcast_to_rank(part[...].astype(jnp.float32), y.ndim) for part in (self.scale, self.bias))
+        return y * scale + bias
 
 
 class RMSNorm(nnx.Module):
@@ -210,13 +212,13 @@ _ATTENTION_OUTPUT = "attention_output"
 
 def scan_blocks(
     blocks: nnx.Module,
-    x: Any,
-    apply: Callable[..., Any],
+    x: PyTree[Array],
+    apply: Callable[..., PyTree[Array]],
     *,
     last: int | None = None,
-    inputs: Any = None,
+    inputs: PyTree[Array] = None,
     remat: Remat = "none",
-) -> Any:
+) -> PyTree[Array]:
     """x -> apply(block, x) over the stacked blocks in order (the first `last` of them, if given). x may be a tree.
 
     Args:
@@ -230,7 +232,7 @@ def scan_blocks(
     if last is not None:
         params = jax.tree.map(lambda leaf: leaf[:last], params)
 
-    def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, None]:
+    def step(carry: PyTree[Array], layer: tuple[PyTree[Array], PyTree[Array]]) -> tuple[PyTree[Array], None]:
         block = nnx.merge(graphdef, layer[0])
         return (apply(block, carry) if inputs is None else apply(block, carry, layer[1])), None
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import broadcast_to_rank
 from jaxtyping import Array, Float, Int
 
 from x2v_jax.ops.fused_norms import rotate
@@ -51,7 +52,7 @@ def rope_tables_at(frames: Int[Array, " f"], rows_columns: tuple[int, int], head
     angles = jnp.repeat(_frame_angles(frames, dim), 2, axis=1)[:, None, None]
     sign = np.tile(np.array([-1.0, 1.0], np.float32), dim // 2)
     cos = jnp.broadcast_to(jnp.cos(angles), (*rest, dim)).reshape(-1, dim)
-    sin = jnp.broadcast_to(jnp.sin(angles) * sign, (*rest, dim)).reshape(-1, dim)
+    sin = jnp.broadcast_to(jnp.sin(angles) * broadcast_to_rank(sign, 4), (*rest, dim)).reshape(-1, dim)
     spatial = rope_tables(rest, head_dim)
     return RopeTables(
         jnp.concatenate([cos, spatial.cos[:, dim:]], -1), jnp.concatenate([sin, spatial.sin[:, dim:]], -1)
@@ -72,7 +73,7 @@ def _frame_angles(frames: Array, dim: int) -> Array:
     turns = _THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * np.pi)
     high, low = np.divmod(np.rint(turns * 2.0**44).astype(np.uint64), np.uint64(1 << 12))
     number = frames.astype(jnp.uint32)[:, None]
-    fraction = number * high.astype(np.uint32) + ((number * low.astype(np.uint32)) >> 12)
+    fraction = number * high.astype(np.uint32)[None] + ((number * low.astype(np.uint32)[None]) >> 12)
     return jax.lax.bitcast_convert_type(fraction, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
 
 

@@ -58,7 +58,7 @@ class _Embedding(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: Any):
+    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: object):
         head_dim = config.dim_attn // config.num_heads
         # T5's initialisation puts the missing 1/sqrt(head_dim) into q.
         self.q = _linear(config.dim, config.dim_attn, std=(config.dim * head_dim) ** -0.5, rngs=rngs, **options)
@@ -71,7 +71,7 @@ class _Attention(nnx.Module):
         rows = self.q.prepare(x)
         q, k, v = (project(rows).reshape(*x.shape[:2], self.num_heads, -1) for project in (self.q, self.k, self.v))
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        logits = logits + bias.transpose(2, 0, 1)
+        logits = logits + bias.transpose(2, 0, 1)[None]
         logits = jnp.where(mask[:, None, None, :] == 0, jnp.finfo(jnp.float32).min, logits)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
         return self.o(y.reshape(*x.shape[:2], -1))
@@ -80,7 +80,7 @@ class _Attention(nnx.Module):
 class _FeedForward(nnx.Module):
     """Gated: fc2(fc1(x) * gelu(gate(x))), gelu in its tanh form."""
 
-    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: Any):
+    def __init__(self, config: Umt5Config, *, rngs: nnx.Rngs, **options: object):
         self.gate = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **options)
         self.fc1 = _linear(config.dim, config.dim_ffn, std=config.dim**-0.5, rngs=rngs, **options)
         self.fc2 = _linear(config.dim_ffn, config.dim, std=config.dim_ffn**-0.5, rngs=rngs, **options)

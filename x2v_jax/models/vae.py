@@ -6,16 +6,17 @@ Whole coding is the same code with two chunks, which is why the two agree.
 """
 
 import itertools
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae_blocks import (
     AttentionBlock,
+    Cache,
     CausalConv3d,
     ChannelNorm,
     Downsample,
@@ -25,14 +26,12 @@ from x2v_jax.models.vae_blocks import (
     run_chain,
 )
 
-Cache = Any  # a nested tuple of the causal convolutions' last input frames; None before the first frame
-
 Video = Float[Array, "b _ _ _ 3"]
 Latents = Float[Array, "b _ _ _ _"]
 
 
 class _Head(nnx.Module):
-    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.norm = ChannelNorm(features, param_dtype=dtypes["param_dtype"])
         self.conv = CausalConv3d(features, out, rngs=rngs, **dtypes)
 
@@ -40,7 +39,7 @@ class _Head(nnx.Module):
         return self.conv(nnx.silu(self.norm(x)), cache)
 
 
-def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> Any:
+def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike) -> nnx.List:
     return nnx.List(
         [
             ResidualBlock(features, features, rngs=rngs, **dtypes),
@@ -53,7 +52,7 @@ def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> Any:
 class Encoder(nnx.Module):
     """Video chunk -> mean and log variance of the latents, [B, n, h, w, 2 z_dim]."""
 
-    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, widths[0], rngs=rngs, **dtypes)
         layers: list[nnx.Module] = []
@@ -73,7 +72,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latent chunk -> video chunk (not clamped)."""
 
-    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         mult = config.dim_mult
         widths = [config.dim * m for m in (mult[-1], *reversed(mult))]
         upsample_in_time = tuple(reversed(config.temporal_downsample))
@@ -104,7 +103,7 @@ class WanVae(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: dict[str, DTypeLike] = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.encoder = Encoder(config, rngs=rngs, **dtypes)
         self.conv1 = PointwiseConv(2 * config.z_dim, 2 * config.z_dim, rngs=rngs, **dtypes)
@@ -159,4 +158,6 @@ class WanVae(nnx.Module):
         return (mean, logvar), cache
 
     def _statistics(self) -> tuple[Array, Array]:
-        return jnp.array(self.config.latents_mean, jnp.float32), jnp.array(self.config.latents_std, jnp.float32)
+        """Mean and standard deviation of each channel, [1, 1, 1, 1, C]."""
+        mean, std = (jnp.array(x, jnp.float32) for x in (self.config.latents_mean, self.config.latents_std))
+        return broadcast_to_rank(mean, 5), broadcast_to_rank(std, 5)

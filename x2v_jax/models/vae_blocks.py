@@ -1,20 +1,23 @@
 """Building blocks of the VAE. Every block maps (x [B, F, H, W, C], cache) to (x, cache); cache None = first frame."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from x2v_jax.ops.attention import attention
 
 Frames = Float[Array, "b _ _ _ _"]
+# Nested tuples of the last inputs of what looks back in time; None before the first frame.
+Cache = PyTree[Array]
 
 
-def run_chain(blocks: Sequence[Any], x: Frames, cache: Any) -> tuple[Frames, Any]:
+def run_chain(blocks: Sequence[Any], x: Frames, cache: Cache) -> tuple[Frames, Cache]:
     """Runs blocks in order, each with its own part of the cache."""
     caches = [None] * len(blocks) if cache is None else cache
     left = []
@@ -34,17 +37,18 @@ class ChannelNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         # rsqrt of the sum, bounded so that the gradient at x = 0 is finite; 1e-24 is the square of torch's eps.
         inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x32 * x32, axis=-1, keepdims=True), 1e-24))
-        return (x32 * inverse * (x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32))).astype(x.dtype)
+        gamma = x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32)
+        return (x32 * inverse * broadcast_to_rank(gamma, x.ndim)).astype(x.dtype)
 
 
-def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: Any = "SAME") -> Array:
+def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: str | Sequence[tuple[int, int]] = "SAME") -> Array:
     """[N, H, W, I] * [kh, kw, I, O] -> [N, H', W', O]."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _per_frame(function: Any, x: Frames) -> Frames:
+def _per_frame(function: Callable[[Array], Array], x: Frames) -> Frames:
     b, f = x.shape[:2]
     y = function(x.reshape(b * f, *x.shape[2:]))
     return y.reshape(b, f, *y.shape[1:])
@@ -86,7 +90,7 @@ class CausalConv3d(nnx.Module):
         else:
             y = conv3d_valid_in_time(cache, x, kernel)
             cache = jnp.concatenate([cache, x], axis=1)[:, -2:] if x.shape[1] < 2 else x[:, -2:]
-        return y + self.bias[...].astype(self.dtype), cache
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim), cache
 
 
 class TimeConv(nnx.Module):
@@ -103,7 +107,8 @@ class TimeConv(nnx.Module):
         frames = (x.shape[1] - 3) // stride + 1
         taps = [x[:, t : t + stride * (frames - 1) + 1 : stride] for t in range(3)]
         stacked = jnp.concatenate(taps, axis=-1)
-        return stacked @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+        y = stacked @ kernel.reshape(-1, kernel.shape[-1])
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class PointwiseConv(nnx.Module):
@@ -116,7 +121,8 @@ class PointwiseConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class Conv2d(nnx.Module):
@@ -131,18 +137,18 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Frames, **kwargs: Any) -> Frames:
         kernel = self.kernel[...].astype(self.dtype)
         y = _per_frame(lambda images: conv2d(images.astype(self.dtype), kernel, **kwargs), x)
-        return y + self.bias[...].astype(self.dtype)
+        return y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
 
 
 class ResidualBlock(nnx.Module):
-    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.norm1 = ChannelNorm(features, param_dtype=dtypes["param_dtype"])
         self.conv1 = CausalConv3d(features, out, rngs=rngs, **dtypes)
         self.norm2 = ChannelNorm(out, param_dtype=dtypes["param_dtype"])
         self.conv2 = CausalConv3d(out, out, rngs=rngs, **dtypes)
         self.shortcut = PointwiseConv(features, out, rngs=rngs, **dtypes) if features != out else None
 
-    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+    def __call__(self, x: Frames, cache: Cache) -> tuple[Frames, Cache]:
         cache1, cache2 = (None, None) if cache is None else cache
         y, cache1 = self.conv1(nnx.silu(self.norm1(x)), cache1)
         y, cache2 = self.conv2(nnx.silu(self.norm2(y)), cache2)
@@ -152,12 +158,12 @@ class ResidualBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head attention among the pixels of each frame."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.norm = ChannelNorm(features, param_dtype=dtypes["param_dtype"])
         self.to_qkv = PointwiseConv(features, 3 * features, rngs=rngs, **dtypes)
         self.proj = PointwiseConv(features, features, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+    def __call__(self, x: Frames, cache: Cache) -> tuple[Frames, Any]:
         b, f, h, w, c = x.shape
         q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * f, h * w, 1, 3 * c), 3, axis=-1)
         y = attention(q, k, v).reshape(b, f, h, w, c)
@@ -167,11 +173,11 @@ class AttentionBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halves height and width; `in_time` also halves the frames after the first. Cache: the last frame."""
 
-    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.conv = Conv2d(features, features, rngs=rngs, **dtypes)
         self.time_conv = TimeConv(features, features, rngs=rngs, **dtypes) if in_time else None
 
-    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+    def __call__(self, x: Frames, cache: Cache) -> tuple[Frames, Cache]:
         y = self.conv(x, stride=2, padding=((0, 1), (0, 1)))
         if self.time_conv is None:
             return y, ()
@@ -187,11 +193,11 @@ class Upsample(nnx.Module):
     Cache: the last two inputs of the time convolution, to which the first frame is not visible.
     """
 
-    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, *, in_time: bool, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.conv = Conv2d(features, features // 2, rngs=rngs, **dtypes)
         self.time_conv = TimeConv(features, 2 * features, rngs=rngs, **dtypes) if in_time else None
 
-    def __call__(self, x: Frames, cache: Any) -> tuple[Frames, Any]:
+    def __call__(self, x: Frames, cache: Cache) -> tuple[Frames, Cache]:
         left = ()
         if self.time_conv is not None:
             if cache is None:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from x2v_jax.models.activation_stats import in_layer, is_listening
 from x2v_jax.models.causal import CausalPattern
@@ -34,7 +35,7 @@ _IMAGE_EMBEDDING_EPS = 1e-5
 class _ImageEmbedding(nnx.Module):
     """CLIP features -> tokens of the model's width."""
 
-    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
         self.norm_1 = LayerNorm(features, eps=_IMAGE_EMBEDDING_EPS, param_dtype=dtypes["param_dtype"])
         self.linear_1 = Linear(features, features, rngs=rngs, **dtypes)
         self.linear_2 = Linear(features, out, rngs=rngs, **dtypes)
@@ -55,7 +56,8 @@ class _PatchEmbedding(nnx.Module):
 
     def __call__(self, patches: Tokens) -> Tokens:
         kernel = self.kernel[...].astype(jnp.float32)
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(jnp.float32)
+        y = patches @ kernel.reshape(-1, kernel.shape[-1])
+        return y + broadcast_to_rank(self.bias[...].astype(jnp.float32), y.ndim)
 
 
 class _Head(nnx.Module):
@@ -97,8 +99,8 @@ class WanModel(nnx.Module):
             smoothed: whether the matrices' columns were multiplied by factors that the blocks undo; see `Block`.
             ops: who computes attention and 8-bit matmuls.
         """
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        exact: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": param_dtype}
+        dtypes: dict[str, DTypeLike] = {"dtype": dtype, "param_dtype": param_dtype}
+        exact: dict[str, DTypeLike] = {"dtype": jnp.float32, "param_dtype": param_dtype}
         dim = config.dim
         self.config = config
         self.remat: Remat = remat
@@ -176,7 +178,7 @@ class WanModel(nnx.Module):
         rope = rope_tables_at(start_frame + jnp.arange(grid[0]), grid[1:], self.config.head_dim)
         end_frame = start_frame + grid[0]
 
-        def apply(block: Block, carry: Any, inputs: Any) -> Any:
+        def apply(block: Block, carry: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
             (x, cache), (layer, keys) = carry, inputs
             return block.with_cache(x, block_time, keys, rope, cache, layer, start_frame, end_frame)
 
@@ -206,7 +208,7 @@ class WanModel(nnx.Module):
         x, time, block_time, grid = self._embed(latents, timestep)
         rope = rope_tables_at(start_frame + jnp.arange(grid[0]), grid[1:], self.config.head_dim)
 
-        def apply(block: Block, x: Any, layer: Any) -> Any:
+        def apply(block: Block, x: PyTree[Array], layer: PyTree[Array]) -> PyTree[Array]:
             return block.after(x, block_time, layer[0], rope, layer[1], layer[2], rows)
 
         x = _scan(self.blocks, x, apply, inputs=(context, keys, values), remat=self.remat)
@@ -247,7 +249,7 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int) -> Float[Array, "
     """cos then sin of timestep * 10000^(-i / (dim/2)), float32."""
     half = dim // 2
     frequencies = jnp.asarray(10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

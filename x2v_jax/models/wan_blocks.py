@@ -1,11 +1,12 @@
 """The transformer block of `wan.py` and what it is made of."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import broadcast_to_rank
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -23,14 +24,15 @@ Tokens = Float[Array, "b _ _"]
 Prepared = Tokens | QuantizedRows
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """Keys and values of earlier frames in every layer; a tree of arrays. `layer` and `start_frame` may be traced."""
 
-    def write(self, layer: Any, keys: Array, values: Array, start_frame: Any) -> Self:
+    def write(self, layer: object, keys: Array, values: Array, start_frame: object) -> Self:
         """Stores keys and values [B, L, H, D] of the whole frames from `start_frame` on. Keys are already turned."""
         ...
 
-    def attend(self, layer: Any, q: Array, end_frame: Any, *, implementation: Any, precision: Any) -> Array:
+    def attend(self, layer: object, q: Array, end_frame: object, *, implementation: object, precision: object) -> Array:
         """Attention of queries [B, L, H, D] that end before `end_frame` to the rows that a layer has by then.
 
         implementation, precision: as of `ops.attention.attention`.
@@ -195,7 +197,7 @@ class Block(nnx.Module):
         time: Float[Array, "b *f 6 _"],
         keys: CrossKeys,
         rope: RopeTables,
-        cache: Any,
+        cache: object,
         layer: Array,
         start_frame: Array,
         end_frame: Array,
@@ -255,11 +257,11 @@ def modulation_parts(
     Args:
         smooth: of a block's six parts (shift, scale, gate, twice), what the two modulated inputs [D] are multiplied by.
     """
-    parts = modulation[...].astype(jnp.float32) + time.astype(jnp.float32)
+    parts = broadcast_to_rank(modulation[...].astype(jnp.float32), time.ndim) + time.astype(jnp.float32)
     if smooth is not None:
         # y (1 + scale) + shift, times f, is y (1 + scale') + shift' with these:
         one, (first, second) = jnp.ones_like(smooth[0]), smooth
-        parts = parts * jnp.stack([first, first, one, second, second, one])
+        parts = parts * broadcast_to_rank(jnp.stack([first, first, one, second, second, one]), parts.ndim)
         parts = parts.at[..., 1, :].add(first - 1).at[..., 4, :].add(second - 1)
     if time.ndim == 3:
         return jnp.split(parts, parts.shape[1], axis=1)

@@ -26,6 +26,6 @@ def named(device: Any) -> str:
     return f"{device.device_kind} has {'.'.join(map(str, compute_capability(device)))}"
 
 
-def is_hopper(device: Any) -> bool:
+def is_hopper(device: object) -> bool:
     """Whether it has the instructions of sm_90a, which later generations dropped."""
     return compute_capability(device)[0] == 9

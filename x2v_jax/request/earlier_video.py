@@ -158,7 +158,7 @@ def _from_latents(path: Any, count: int, vae: VaeConfig, expected: Mapping[str, 
     return Earlier(tail, len(tail), int(found["blocks"]))
 
 
-def _channels_last(path: Any, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> np.ndarray:
+def _channels_last(path: object, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> np.ndarray:
     """A view of [C, F, h, w] as [F, h, w, C]."""
     found = tensor.shape
     if len(found) != 4 or (found[0], *found[2:]) != shape:
@@ -169,7 +169,7 @@ def _channels_last(path: Any, name: str, tensor: LazyTensor, shape: tuple[int, .
     return np.moveaxis(tensor.read(), 0, -1)
 
 
-def _from_video(path: Any, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]) -> Earlier:
+def _from_video(path: object, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]) -> Earlier:
     stride = vae.temporal_stride
     frames, total = _last_frames(path, stride * (count - 1) + 1)
     height, width = frames.shape[1:3]

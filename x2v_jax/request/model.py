@@ -2,11 +2,12 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, overload, runtime_checkable
 
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
 
 
+@runtime_checkable
 class Model(Protocol):
     """What `resolve` asks of a checkpoint; `checkpoint.native.reader.NativeCheckpoint` answers it."""
 

@@ -124,7 +124,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

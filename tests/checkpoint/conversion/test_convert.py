@@ -413,7 +413,7 @@ def test_a_kill_in_the_middle_leaves_nothing_at_the_destination(tmp_path):
     official_folder(tmp_path / "src")
     script = f"""
 import time
-from x2v_jax.checkpoint.convert import convert
+from x2v_jax.checkpoint.conversion.convert import convert
 def halt(done, total):
     print("x", flush=True)
     time.sleep(60)

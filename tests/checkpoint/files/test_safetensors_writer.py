@@ -170,7 +170,7 @@ def run_writer(folder: pathlib.Path, body: str, **options) -> "subprocess.Popen[
     """A process that writes folder/a.safetensors with tensors x (1 MB) and y, running `body` between them."""
     code = f"""
         import sys, numpy as np
-        from x2v_jax.checkpoint.safetensors_file import SafetensorsWriter
+        from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
         specs = {{name: ((250_000,), np.dtype(np.float32)) for name in "xy"}}
         with SafetensorsWriter(sys.argv[1], specs) as writer:
             writer.write("x", np.ones(250_000, np.float32))

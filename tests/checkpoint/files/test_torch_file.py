@@ -218,7 +218,7 @@ def test_other_formats_are_told_apart(tmp_path, content, words):
 
 
 def test_the_reader_needs_neither_torch_nor_jax():
-    code = "import sys, x2v_jax.checkpoint.torch_file, x2v_jax.checkpoint.torch_writer; "
+    code = "import sys, x2v_jax.checkpoint.files.torch_reader, x2v_jax.checkpoint.files.torch_writer; "
     code += "import x2v_jax.checkpoint.files.safetensors; print({'jax', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

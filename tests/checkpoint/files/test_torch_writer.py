@@ -196,7 +196,7 @@ def test_an_error_while_reading_a_source_is_not_blamed_on_the_target(tmp_path):
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path):
     code = """
         import sys, numpy as np
-        from x2v_jax.checkpoint.torch_writer import write_torch_file
+        from x2v_jax.checkpoint.files.torch_writer import write_torch_file
 
         class Waits:
             shape, dtype, nbytes, size = (1,), np.dtype(np.float32), 4, 1

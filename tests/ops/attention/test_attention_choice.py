@@ -131,6 +131,7 @@ def test_a_log_sum_exp_comes_from_the_kernel_on_a_hopper(gpu):
     assert "mosaic_gpu_v2" in lower_for_cuda(lambda *x: attention(*x, with_log_sum_exp=True), *qkv())
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -48,7 +48,7 @@ def test_rope_is_the_networks():
     tables = rope_tables((2, 2, 3), 32)
     x, weight = normal(0, 2, 12, 96).astype(jnp.bfloat16), normal(1, 96)
     x32 = x.astype(jnp.float32)
-    normed = x32 / jnp.sqrt(jnp.mean(x32**2, -1, keepdims=True) + EPS) * weight
+    normed = x32 / jnp.sqrt(jnp.mean(x32**2, -1, keepdims=True) + EPS) * weight[None, None]
     want = apply_rope(normed.reshape(2, 12, 3, 32), tables)
     y = rmsnorm_rope(x, weight, EPS, tables, dtype=jnp.float32)
     np.testing.assert_allclose(y, want, atol=1e-5)
@@ -180,6 +180,7 @@ def test_the_gradient_of_rope_is_the_references():
         np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(want, np.float32))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("call", "said"),
     [

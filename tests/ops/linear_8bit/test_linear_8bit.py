@@ -174,6 +174,7 @@ class TestGradients:
         assert all(" parameter(" in line for line in computed)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 class TestRefusals:
     weight, scale = quantize_weight(np.ones((8, 16), np.float32), "int8")
 

@@ -48,7 +48,7 @@ def variant_of(networks: Mapping[str, Opened]) -> str | None:
 
 
 def source_tensors(
-    component: str, one: Opened, sources: Mapping[str, Opened], against: Any
+    component: str, one: Opened, sources: Mapping[str, Opened], against: object
 ) -> Mapping[str, LazyTensor]:
     """The floats, by official key, that the 8-bit matrices of `one` are compared with.
 
@@ -72,7 +72,7 @@ def source_tensors(
     return found.tensors
 
 
-def _check_sizes(component: str, one: Opened, source: Opened, against: Any) -> None:
+def _check_sizes(component: str, one: Opened, source: Opened, against: object) -> None:
     """Another model can have matrices of these very names and shapes, as i2v has those of t2v."""
     pairs = [(n, getattr(one.config, n), getattr(source.config, n)) for n in _SIZES if hasattr(one.config, n)]
     wrong = [f"{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in pairs if ours != theirs]
@@ -122,7 +122,7 @@ def _recorded(path: str | pathlib.Path) -> dict[str, list[Mapping[str, Any]]]:
     return result
 
 
-def _is_it(file: pathlib.Path, entry: Mapping[str, Any]) -> bool:
+def _is_it(file: pathlib.Path, entry: Mapping[str, object]) -> bool:
     size = file.stat().st_size
     if size != entry.get("bytes"):
         return False

@@ -7,7 +7,7 @@ from typing import Any
 from x2v_jax.errors import UserError
 
 
-def is_plain_name(name: Any) -> bool:
+def is_plain_name(name: object) -> bool:
     """Whether `name` names a file directly in a folder, on any system."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
 

@@ -178,6 +178,6 @@ class Streamed:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, array: Any) -> "Streamed":
+    def of(cls, array: object) -> "Streamed":
         values = np.asarray(array)
         return cls(values.shape, values.dtype, lambda: [values])

@@ -101,13 +101,13 @@ class Interpreter:
         if self._budget < 0:
             self.refuse(f"its pickle makes more than {MAX_OBJECTS:,} objects, which no checkpoint needs.")
 
-    def set_item(self, target: dict, key: Any, value: Any) -> None:
+    def set_item(self, target: dict, key: object, value: object) -> None:
         """target[key] = value, for keys whose hashes an attacker cannot make collide, once each."""
         if self.key(key) in target:
             self.damaged(f"the key {shorten(key)} occurs twice")
         target[key] = value
 
-    def key(self, key: Any) -> Hashable:
+    def key(self, key: object) -> Hashable:
         """`key`, checked to be a plain value. Strings hash with a secret seed; numbers are bounded; tuples are few."""
         if type(key) is tuple and len(key) <= MAX_TUPLE_KEY_LENGTH and all(type(part) in _SCALARS for part in key):
             self._tuple_keys += 1
@@ -157,7 +157,7 @@ class Interpreter:
             self.damaged(f"a {kind.__name__} is missing")
         return self._stack[-1]
 
-    def _push(self, value: Any) -> None:
+    def _push(self, value: object) -> None:
         self._stack.append(value)
 
     def _mark(self) -> None:
@@ -218,7 +218,7 @@ class Interpreter:
         self._push({})
         self._fill_dict(items)
 
-    def _global(self, module: Any, name: Any) -> None:
+    def _global(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
             self.damaged("a global's name is not a string")
         dotted = f"{module}.{name}"
@@ -264,7 +264,7 @@ class Interpreter:
         self._top(set).update(map(self.key, items))
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A one-line account of an untrusted value for an error message."""
     if isinstance(value, Global):
         value = value.name

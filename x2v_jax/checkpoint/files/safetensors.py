@@ -142,7 +142,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _read_entry(file: MappedFile, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+def _read_entry(file: MappedFile, name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
     if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
         file.refuse(f"its tensor {_short(name)} must have just dtype, shape and data_offsets. Convert it again.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -164,11 +164,11 @@ def _read_entry(file: MappedFile, name: str, entry: Any) -> tuple[np.dtype, tupl
     return dtype, tuple(shape), begin, end
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return type(values) is list and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
@@ -247,7 +247,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
             raise ValueError(f"{self.path}: tensor {name!r} was not announced")
         return self._specs[name]
 
-    def _put(self, name: str, offset: int, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def _put(self, name: str, offset: int, array: object, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if self._file is None:
             raise ValueError(f"{self.path}: tensors can be written only inside the context")
         values = array.read() if isinstance(array, LazyTensor) else np.asarray(array)

@@ -5,7 +5,7 @@ storages, and OrderedDict. This table is the whole of what is understood; nothin
 """
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -91,12 +91,12 @@ class TensorRecord:
     negate: bool
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Whether `value` is an int (no bool) that torch could have written as a size, a stride or an offset."""
     return type(value) is int and 0 <= value < 2**63
 
 
-def _tensor(vm: Interpreter, name: str, arguments: tuple, dtype: np.dtype | None, metadata: Any) -> TensorRecord:
+def _tensor(vm: Interpreter, name: str, arguments: tuple, dtype: np.dtype | None, metadata: object) -> TensorRecord:
     storage, offset, shape, stride = arguments
     if type(storage) is not Storage or storage.typed == (dtype is not None):
         vm.refuse(f"a tensor in it ({name}) has {shorten(storage)} where its storage should be. Download it again.")
@@ -119,7 +119,7 @@ def _tensor(vm: Interpreter, name: str, arguments: tuple, dtype: np.dtype | None
     return TensorRecord(storage, dtype, offset, shape, stride, conjugate, flags.get("neg") is True)
 
 
-def show(sizes: Any) -> str:
+def show(sizes: object) -> str:
     """A shape or stride for an error message, however long or wrong."""
     if type(sizes) is not tuple:
         return shorten(sizes)

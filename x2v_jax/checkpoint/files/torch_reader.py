@@ -71,7 +71,7 @@ def _read_zip(file: MappedFile) -> Any:
         if order not in ("little", "big"):
             file.refuse(f"its member {note.name!r} says {order!r}; it must be 'little' or 'big'. Download it again.")
 
-    def load_persistent(identifier: Any) -> Storage:
+    def load_persistent(identifier: object) -> Storage:
         return _storage(file, identifier, 5)
 
     def place(storage: Storage) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _read_legacy(file: MappedFile) -> Any:
     vm.load()  # about the machine; torch wrote little-endian numbers in this format whatever it says
     claimed: dict[str, Storage] = {}
 
-    def load_persistent(identifier: Any) -> Storage:
+    def load_persistent(identifier: object) -> Storage:
         storage = _storage(file, identifier, 6)
         known = claimed.setdefault(storage.key, storage)
         if (known.dtype, known.size) != (storage.dtype, storage.size):
@@ -144,7 +144,7 @@ def _read_legacy(file: MappedFile) -> Any:
     return _Result(file, place, swap=False).plain(value)
 
 
-def _storage(file: MappedFile, identifier: Any, length: int) -> Storage:
+def _storage(file: MappedFile, identifier: object, length: int) -> Storage:
     """The storage that a persistent id names: ("storage", type, key, location, elements[, view])."""
     if type(identifier) is tuple and len(identifier) == length and identifier[0] == "storage":
         kind, key, location, size = identifier[1:5]
@@ -187,10 +187,10 @@ class _Result:
         self._swap = swap
         self._done: dict[int, _Part | None] = {}
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> Any:
         return self._convert(value).value
 
-    def _convert(self, value: Any, depth: int = 0) -> "_Part":
+    def _convert(self, value: object, depth: int = 0) -> "_Part":
         if isinstance(value, str | bytes | bytearray | int | float | complex | None):
             return _Part(value, 1, 0)
         # Each object is converted once, so that lists of lists of one list cost nothing here.
@@ -208,7 +208,7 @@ class _Result:
             )
         return part
 
-    def _convert_new(self, value: Any, depth: int) -> "_Part":
+    def _convert_new(self, value: object, depth: int) -> "_Part":
         if type(value) is TensorRecord:
             return _Part(self._tensor(value), 1, 0)
         if type(value) is Global and value.value is not None and value.name not in STORAGES:

@@ -57,16 +57,16 @@ def write_torch_file(path: str | os.PathLike[str], tensors: "Mapping[str, ArrayL
         archive.finish()
 
 
-def _nbytes(value: Any) -> int:
+def _nbytes(value: object) -> int:
     return len(value) if isinstance(value, bytes) else _lazy(value).nbytes
 
 
-def _lazy(value: Any) -> Any:
+def _lazy(value: object) -> Any:
     """`value` as something with a shape, a dtype and nbytes; neither a file nor a device is read for them."""
     return value if hasattr(value, "nbytes") else np.asarray(value)
 
 
-def _data(value: Any) -> memoryview:
+def _data(value: object) -> memoryview:
     if isinstance(value, bytes):
         return memoryview(value)
     array = value.read() if isinstance(value, LazyTensor) else np.asarray(value)
@@ -77,7 +77,7 @@ def _data(value: Any) -> memoryview:
 # The pickle
 
 
-def _pickle(tensors: Mapping[str, Any]) -> bytes:
+def _pickle(tensors: Mapping[str, object]) -> bytes:
     """The pickle of a dict that names storage i for the i-th tensor."""
     parts = [b"\x80\x02}("]
     for index, (name, value) in enumerate(tensors.items()):
@@ -154,7 +154,7 @@ class _Archive:
         self._position = 0
         self._entries: list[_Entry] = []
 
-    def add(self, name: str, value: Any) -> None:
+    def add(self, name: str, value: object) -> None:
         data = _data(value)
         header, raw_name = self._position, name.encode()
         fixed = header + 30 + len(raw_name)

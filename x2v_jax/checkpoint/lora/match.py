@@ -4,7 +4,7 @@ import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 _READABLE_FLOATS = _FLOATS | {"float8_e4m3fn", "float8_e5m2"}
 
 
+@runtime_checkable
 class TensorLike(Protocol):
     """What a weight has to offer; LazyTensor does."""
 

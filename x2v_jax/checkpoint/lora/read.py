@@ -118,7 +118,7 @@ def _json(path: pathlib.Path, text: str | None) -> Mapping[str, Any] | None:
     return value
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
+def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
     """Tensors of a nested torch file with joined keys; an alpha may also be a plain number, other values are notes."""
     if isinstance(value, Mapping):
         for name, child in value.items():

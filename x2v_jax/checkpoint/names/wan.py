@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -121,7 +120,7 @@ class Row:
         return weight, scale
 
 
-def table(component: str, config: Any, quantization: str | None = None) -> tuple[Row, ...]:
+def table(component: str, config: object, quantization: str | None = None) -> tuple[Row, ...]:
     """All parameters of a network of the given sizes.
 
     Args:
@@ -134,17 +133,17 @@ def table(component: str, config: Any, quantization: str | None = None) -> tuple
     return tuple(part for row in rows for part in (row.quantized() if row.is_quantizable else (row,)))
 
 
-def official_shapes(component: str, config: Any) -> dict[str, Shape]:
+def official_shapes(component: str, config: object) -> dict[str, Shape]:
     """Official key -> shape, for every tensor that a published file of these sizes holds."""
     return {key: row.official_shape for row in table(component, config) for key in row.official_keys}
 
 
-def native_shapes(component: str, config: Any, quantization: str | None = None) -> dict[str, Shape]:
+def native_shapes(component: str, config: object, quantization: str | None = None) -> dict[str, Shape]:
     """Parameter name -> shape. What smoothing adds is in `names_smoothing`."""
     return {row.native: row.native_shape for row in table(component, config, quantization)}
 
 
-def parameter_count(component: str, config: Any) -> int:
+def parameter_count(component: str, config: object) -> int:
     return sum(row.size for row in table(component, config))
 
 

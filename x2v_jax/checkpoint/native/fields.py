@@ -30,7 +30,7 @@ def check_schedule_field(name: str, value: Any, default: Any, where: str = "--sc
         raise UserError(f"{where}: {name} is {value!r}; it must be {kind}")
 
 
-def _is_causal_schedule(value: Any) -> bool:
+def _is_causal_schedule(value: object) -> bool:
     if value is None:
         return True
     if not isinstance(value, Mapping) or not set(value) <= {field.name for field in dataclasses.fields(CausalSchedule)}:
@@ -47,7 +47,7 @@ def _is_causal_schedule(value: Any) -> bool:
     return all(good[name](v) for name, v in value.items())
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -57,7 +57,7 @@ def _is_step_list(values: list[Any]) -> bool:
     return all(a > b for a, b in itertools.pairwise(values))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -67,7 +67,7 @@ _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_siz
 _LISTS = {"patch_size": int, "dim_mult": int, "temporal_downsample": bool, "latents_mean": float, "latents_std": float}
 
 
-def check_sizes(component: str, said: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_sizes(component: str, said: Mapping[str, Any], config: Mapping[str, object]) -> None:
     """Refuses, say, a text where a number belongs, which would otherwise surface as an error far from the file.
 
     Args:
@@ -88,7 +88,7 @@ def check_sizes(component: str, said: Mapping[str, Any], config: Mapping[str, An
             raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
 
 
-def _is_a(kind: type, value: Any) -> bool:
+def _is_a(kind: type, value: object) -> bool:
     if kind in (bool, str):
         return isinstance(value, kind)
     return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)

@@ -250,7 +250,7 @@ def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization
             raise UserError(f"{component}: {name} is {own}, and factors of smoothing are float32")
 
 
-def _check_quantization(file: pathlib.Path, entries: Any) -> None:
+def _check_quantization(file: pathlib.Path, entries: object) -> None:
     if entries is None:
         return
     if not isinstance(entries, dict):

@@ -255,7 +255,7 @@ def _write_safetensors(
         _write_json(path.parent / f"{path.name}.safetensors.index.json", index)
 
 
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def _write_json(path: pathlib.Path, values: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n")
 

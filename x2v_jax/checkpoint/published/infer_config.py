@@ -56,7 +56,7 @@ _DECLARED_NAMES = {
 }  # fmt: skip
 
 
-def infer_config(component: str, shapes: Shapes, declared: Mapping[str, Any] | None = None) -> Config:
+def infer_config(component: str, shapes: Shapes, declared: Mapping[str, object] | None = None) -> Config:
     """The config of a component.
 
     Args:
@@ -91,7 +91,7 @@ def infer_config(component: str, shapes: Shapes, declared: Mapping[str, Any] | N
     return CONFIGS[component].from_dict(values)
 
 
-def _declared(component: str, config: Mapping[str, Any]) -> Values:
+def _declared(component: str, config: Mapping[str, object]) -> Values:
     names = _DECLARED_NAMES[component]
     said = {
         names[key]: tuple(value) if isinstance(value, list) else value
@@ -114,7 +114,7 @@ def _declared(component: str, config: Mapping[str, Any]) -> Values:
     return said
 
 
-def _refuse_other_transformers(config: Mapping[str, Any]) -> None:
+def _refuse_other_transformers(config: Mapping[str, object]) -> None:
     kind = config.get("model_type", "t2v")
     if kind not in ("t2v", "i2v"):
         raise UserError(f"transformer: model_type is {kind!r} in config.json; this project runs 't2v' and 'i2v'")

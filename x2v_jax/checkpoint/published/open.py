@@ -28,7 +28,7 @@ class Opened:
     found: OfficialTensors
 
 
-def open_source(source: Source, settings: Mapping[str, Any] | None = None) -> tuple[Opened, list[str]]:
+def open_source(source: Source, settings: Mapping[str, object] | None = None) -> tuple[Opened, list[str]]:
     """Reads the headers of a source, finds its sizes, and lists what is wrong with its tensors.
 
     Raises:

@@ -129,7 +129,7 @@ def _read_file(path: pathlib.Path) -> tuple[Mapping[str, LazyTensor], str | None
     raise UserError(f"{path}: it holds {type(node).__name__}, not named tensors; give a file of model weights")
 
 
-def _holds_tensors(node: Mapping[Any, Any]) -> bool:
+def _holds_tensors(node: Mapping[object, object]) -> bool:
     return any(isinstance(v, LazyTensor) or (isinstance(v, Mapping) and _holds_tensors(v)) for v in node.values())
 
 
@@ -237,7 +237,7 @@ def _full_name(component: str, key: str) -> str:
     return key
 
 
-def _reason_to_ignore(component: str, key: str, tensors: Mapping[str, Any]) -> str | None:
+def _reason_to_ignore(component: str, key: str, tensors: Mapping[str, object]) -> str | None:
     if component == "image_encoder":
         if key.startswith(("textual.", "text_model.", "text_projection.")):
             return "CLIP's text tower, which Wan2.1 does not use"

@@ -8,7 +8,6 @@ Source: Xiao et al., "SmoothQuant" (2022), arXiv:2211.10438, equation 4.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ def smoothing_factors(activations: np.ndarray, weights: np.ndarray, alpha: float
     return np.exp(logarithms).clip(_SMALLEST, _LARGEST).astype(np.float32)
 
 
-def check_alpha(alpha: Any) -> float:
+def check_alpha(alpha: object) -> float:
     """
     Raises:
         UserError: it is no number from 0 to 1.

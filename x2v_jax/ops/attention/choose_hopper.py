@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ def on_hopper() -> bool:
     return device is None or is_hopper(device)
 
 
-def _refusal(precision: Precision, device: Any) -> str:
+def _refusal(precision: Precision, device: object) -> str:
     # The simulation would be right, but slower than cuDNN and less exact: nobody wants that without asking for it.
     have = f"needs a Hopper GPU (compute capability 9.0); {named(device)}"
     if precision == "full":

@@ -16,10 +16,10 @@ def with_gradient_of(exact: Attend, forward: Attend) -> Attend:
     """
 
     @jax.custom_vjp
-    def attend(*inputs: Any) -> Any:
+    def attend(*inputs: object) -> Any:
         return forward(*inputs)
 
-    def keep(*inputs: Any) -> Any:
+    def keep(*inputs: object) -> Any:
         return forward(*inputs), (inputs[:4], [None] * len(inputs[4:]))
 
     def backward(kept: Any, gradient: Any) -> Any:

@@ -12,6 +12,7 @@ of the multiply-add in front of the exponential: scales cost nothing.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from x2v_jax.ops.attention.hopper_config import HEAD_DIM, ROWS, SCALE_BLOCK, HopperConfig
@@ -31,6 +33,18 @@ plgpu: Any = mosaic_gpu
 
 _FULL_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number for each query
 _FULL_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number for each channel
+
+
+# The place of a row, a tile or a step; most are traced.
+Index = Array | int
+# What lies in memory, by name: arrays, and the barriers that say when they are there.
+Refs = dict[str, jax.Ref]
+# Output, maximum and sum of a warpgroup's queries so far.
+Carry = tuple[Array, Array, Array]
+# Of queries and of values.
+Scales = tuple[Array | None, Array | None]
+# The carry at the end, and the scales of values.
+Result = tuple[Array, Array, Array, Array | None]
 
 
 class KernelInputs(NamedTuple):
@@ -61,7 +75,7 @@ class KernelInputs(NamedTuple):
 class _Plan:
     config: HopperConfig
     factor: float  # of scores, where there is no q_scale
-    out_dtype: Any
+    out_dtype: DTypeLike
     with_log_sum_exp: bool
     one_table: bool
     transposed: bool  # 8-bit values
@@ -72,7 +86,7 @@ def hopper_attention_kernel(
     *,
     factor: float,
     config: HopperConfig,
-    out_dtype: Any,
+    out_dtype: DTypeLike,
     with_log_sum_exp: bool = False,
 ) -> tuple[Float[Array, "b lq h d"], Float[Array, "b h lq_padded"] | None]:
     """(attention, natural logarithm of the sum of exponentials of scores or None).
@@ -87,7 +101,7 @@ def hopper_attention_kernel(
     if with_log_sum_exp:
         out_type["log_sum_exp"] = jax.ShapeDtypeStruct((b, h, blocks * config.rows), jnp.float32)
 
-    def entry(*refs: Any) -> None:
+    def entry(*refs: jax.Ref) -> None:
         inputs_gmem, outputs = refs[: len(names)], refs[len(names) :]
         gmem = dict(zip([*names, *out_type], [*inputs_gmem, *outputs], strict=True))
         scoped = functools.partial(_thread_block, plan, gmem)
@@ -106,13 +120,13 @@ def hopper_attention_kernel(
     return out, rest[0] if rest else None
 
 
-def _scratch(plan: _Plan, inputs: KernelInputs) -> dict[str, Any]:
+def _scratch(plan: _Plan, inputs: KernelInputs) -> dict[str, object]:
     config, q, k, v = plan.config, inputs.q, inputs.k, inputs.v
     groups, stages, keys = config.warpgroups, config.stages, config.block_kv
     value_tile = (HEAD_DIM, keys) if plan.transposed else (keys, HEAD_DIM)
     vectors = (inputs.q_scale is not None) + (inputs.v_scale is not None)
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
-    scratch: dict[str, Any] = {
+    scratch: dict[str, object] = {
         "q": _tile((groups, ROWS, HEAD_DIM), q.dtype),
         "k": _tile((stages, keys, HEAD_DIM), k.dtype),
         "v": _tile((stages, *value_tile), v.dtype),
@@ -136,7 +150,7 @@ def _scratch(plan: _Plan, inputs: KernelInputs) -> dict[str, Any]:
     return scratch
 
 
-def _tile(shape: tuple[int, ...], dtype: Any) -> Any:
+def _tile(shape: tuple[int, ...], dtype: DTypeLike) -> object:
     """Shared memory in the layout that a wgmma reads."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
@@ -148,14 +162,14 @@ def _tile(shape: tuple[int, ...], dtype: Any) -> Any:
 class _Place(NamedTuple):
     """Where a thread block is in its inputs, and its row of the table."""
 
-    batch: Any
-    group: Any
-    head: Any
-    block: Any
-    row: Any
+    batch: Array
+    group: Array
+    head: Array
+    block: Array
+    row: Index
 
 
-def _thread_block(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any]) -> None:
+def _thread_block(plan: _Plan, gmem: Refs, smem: Refs) -> None:
     batch, head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     place = _Place(batch, gmem["first_group"][0] + batch, head, block, 0 if plan.one_table else block)
     warpgroup = lax.axis_index("warpgroup")
@@ -171,19 +185,19 @@ def _thread_block(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any]) -> No
         _load(plan, gmem, smem, place)
 
 
-def _tile_number(tiles: Any, row: Any, i: Any) -> Any:
+def _tile_number(tiles: jax.Ref, row: Index, i: Index) -> Array:
     """The i-th tile that counts as a whole: those of the sink, then those behind."""
     in_sink = tiles[row, SINK_FULL]
     return jnp.where(i < in_sink, i, tiles[row, FIRST_FULL] + i - in_sink)
 
 
-def _load(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Place) -> None:
+def _load(plan: _Plan, gmem: Refs, smem: Refs, place: _Place) -> None:
     stages, keys = plan.config.stages, plan.config.block_kv
     tiles, row, group, head = gmem["tiles"], place.row, place.group, place.head
     full = tiles[row, FULL]
     count = full + tiles[row, CUT]
 
-    def fetch(i: Any, tile: Any) -> None:
+    def fetch(i: Index, tile: Index) -> None:
         slot = lax.rem(i, stages)
         rows = pl.ds(tile * keys, keys)
         values = gmem["v"].at[group, head, :, rows] if plan.transposed else gmem["v"].at[group, rows, head]
@@ -201,12 +215,12 @@ def _load(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Place
 
     # Every use is waited for, also the last ones, so that no barrier is left in the middle of a phase.
     @pl.loop(jnp.maximum(count - stages, 0), count)
-    def _(i: Any) -> None:
+    def _(i: Index) -> None:
         plgpu.barrier_wait(smem["k_used"].at[lax.rem(i, stages)])
         plgpu.barrier_wait(smem["v_used"].at[lax.rem(i, stages)])
 
 
-def _compute(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Place, warpgroup: Any) -> None:
+def _compute(plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Array) -> None:
     config, tiles, row = plan.config, gmem["tiles"], place.row
     base = (place.block * config.warpgroups + warpgroup) * ROWS
     full = tiles[row, FULL]
@@ -226,11 +240,11 @@ def _compute(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Pl
     q_scale, v_scale = _fetch_queries(gmem, smem, place, warpgroup, base)
     pl.when(warpgroup == 1)(change_turns)
 
-    def step(i: Any, tile: Any, limits: tuple[Any, Any] | None, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def step(i: Index, tile: Index, limits: tuple[Array, Array] | None, carry: Carry) -> Carry:
         out, top, total = carry
         slot = lax.rem(i, config.stages)
         # Read before the product, so that it arrives behind it.
-        factor: Any = plan.factor
+        factor: float | Array = plan.factor
         if q_scale is not None:
             factor = q_scale * gmem["k_scale"][place.group, place.head, lax.div(tile * config.block_kv, SCALE_BLOCK)]
         scores = _scores(smem, warpgroup, slot, config.block_kv, change_turns)
@@ -259,7 +273,7 @@ def _compute(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Pl
         plgpu.barrier_arrive(smem["v_used"].at[slot])
         return out, new_top, total
 
-    def cut_step(i: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def cut_step(i: Index, carry: Carry) -> Carry:
         tile, first, stop = (tiles[row, CUTS + 3 * (i - full) + column] for column in range(3))
         return step(i, tile, (first, stop), carry)
 
@@ -275,7 +289,9 @@ def _compute(plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Pl
     _store(plan, gmem, smem, place, warpgroup, base, (out, top, total, v_scale))
 
 
-def _fetch_queries(gmem: dict[str, Any], smem: dict[str, Any], place: _Place, warpgroup: Any, base: Any) -> Any:
+def _fetch_queries(
+    gmem: Refs, smem: Refs, place: _Place, warpgroup: Array, base: Array
+) -> tuple[Array | None, Array | None]:
     """Brings queries into shared memory; (their scales, the scales of values), each None where there are none."""
     ready = smem["q_ready"].at[warpgroup]
     rows = pl.ds(base, ROWS)
@@ -292,10 +308,10 @@ def _fetch_queries(gmem: dict[str, Any], smem: dict[str, Any], place: _Place, wa
     return q_scale, v_scale
 
 
-def _scores(smem: dict[str, Any], warpgroup: Any, slot: Any, keys: int, change_turns: Any) -> Any:
+def _scores(smem: Refs, warpgroup: Array, slot: Array, keys: int, change_turns: Callable[[], None]) -> Array:
     plgpu.barrier_wait(smem["k_ready"].at[slot])
 
-    def product(accumulator: Any) -> Any:
+    def product(accumulator: jax.Ref) -> Array:
         plgpu.wgmma(accumulator, smem["q"].at[warpgroup], smem["k"].at[slot].T)
         change_turns()
         return accumulator[...]
@@ -306,7 +322,7 @@ def _scores(smem: dict[str, Any], warpgroup: Any, slot: Any, keys: int, change_t
     return scores.astype(jnp.float32)
 
 
-def _eight_bit_probabilities(plan: _Plan, smem: dict[str, Any], warpgroup: Any, p: Any) -> Any:
+def _eight_bit_probabilities(plan: _Plan, smem: Refs, warpgroup: Array, p: Array) -> Any:
     p = p.astype(smem["v"].dtype)
     if plan.config.probabilities == "registers":
         return repack(p)
@@ -315,14 +331,14 @@ def _eight_bit_probabilities(plan: _Plan, smem: dict[str, Any], warpgroup: Any, 
     return smem["p"].at[warpgroup]
 
 
-def _plus_values(out: Any, p: Any, values: Any) -> Any:
+def _plus_values(out: Array, p: Array, values: object) -> Array:
     return pl.run_state(lambda total: plgpu.wgmma(total, p, values))(plgpu.ACC.init(out))
 
 
-def _plus_values_8bit(out: Any, decay: Any, p: Any, values: Any) -> Any:
+def _plus_values_8bit(out: Array, decay: Array, p: Any, values: Any) -> Array:
     """Each tile in an accumulator of its own: 8-bit products add up with fewer bits than float32 has."""
 
-    def product(accumulator: Any) -> Any:
+    def product(accumulator: jax.Ref) -> Array:
         plgpu.wgmma(accumulator, p, values.T)
         return accumulator[...]
 
@@ -330,7 +346,13 @@ def _plus_values_8bit(out: Any, decay: Any, p: Any, values: Any) -> Any:
 
 
 def _store(
-    plan: _Plan, gmem: dict[str, Any], smem: dict[str, Any], place: _Place, warpgroup: Any, base: Any, result: Any
+    plan: _Plan,
+    gmem: Refs,
+    smem: Refs,
+    place: _Place,
+    warpgroup: Array,
+    base: Array,
+    result: Result,
 ) -> None:
     out, top, total, v_scale = result
     rows = pl.ds(base, ROWS)

@@ -8,11 +8,11 @@ so the memory does not depend on how many rows there are; and rows that do not c
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from x2v_jax.ops.attention.api import Implementation, attention, attention_cudnn, takes_cudnn
 from x2v_jax.ops.attention.choose_hopper import hopper_config, on_hopper
@@ -29,11 +29,12 @@ _SCORES = 1 << 23
 _ROWS = 512
 
 
+@runtime_checkable
 class ReadRows(Protocol):
     """Keys and values of some rows and heads, in the type to compute in; where they start may be traced."""
 
     def __call__(
-        self, source: Any, first_row: Any, rows: int, first_head: Any, heads: int
+        self, source: PyTree[Array], first_row: Array | int, rows: int, first_head: Array | int, heads: int
     ) -> tuple[Float[Array, "b r g d"], Float[Array, "b r g d"]]: ...
 
 
@@ -42,12 +43,15 @@ class RowsInPlace(NamedTuple):
 
     k: Float[Array, "g r h d"]
     v: Float[Array, "g r h d"]
-    first_group: Any
+    first_group: Array | int
+
+
+InPlace = Callable[[PyTree[Array]], RowsInPlace | None]
 
 
 def attention_in_parts(
     q: Float[Array, "b lq h d"],
-    source: Any,
+    source: PyTree[Array],
     read: ReadRows,
     *,
     rows: int,
@@ -55,7 +59,7 @@ def attention_in_parts(
     scale: float | None = None,
     implementation: Implementation = "auto",
     precision: Precision = "full",
-    in_place: Callable[[Any], RowsInPlace | None] = lambda source: None,
+    in_place: InPlace = lambda source: None,
 ) -> Float[Array, "b lq h d"]:
     """softmax(q k^T * scale) v over the first `length` of `rows` rows that `read` takes from `source`.
 
@@ -75,7 +79,7 @@ def attention_in_parts(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fixed: dict[str, Any] = {"read": read, "rows": rows, "scale": factor}
 
-    def whole(q: Array, source: Any, length: Array) -> Array:
+    def whole(q: Array, source: PyTree[Array], length: Array) -> Array:
         k, v = read(source, 0, rows, 0, q.shape[2])
         return attention(
             q, k, v, scale=factor, key_length=length, implementation=implementation, precision=precision
@@ -85,7 +89,7 @@ def attention_in_parts(
         return whole(q, source, length)
 
     @jax.custom_vjp
-    def in_parts(q: Array, source: Any, length: Array) -> Array:
+    def in_parts(q: Array, source: PyTree[Array], length: Array) -> Array:
         cudnn, reference = (functools.partial(f, **fixed) for f in (_by_heads, _by_rows))
         if implementation == "cudnn":
             return cudnn(q, source, length)
@@ -111,8 +115,12 @@ def _config(q: Array, rows: RowsInPlace | None, implementation: Implementation) 
     return hopper_config("full", q.shape[1], rows.k.shape[1])
 
 
-def _in_place(q: Array, source: Any, length: Array, *, in_place: Any, scale: float, config: HopperConfig) -> Array:
-    k, v, first_group = in_place(source)
+def _in_place(
+    q: Array, source: PyTree[Array], length: Array, *, in_place: InPlace, scale: float, config: HopperConfig
+) -> Array:
+    rows = in_place(source)
+    assert rows is not None  # or no kernel would have been chosen
+    k, v, first_group = rows
     return attention_hopper_groups(
         q, k, v, first_group=first_group, key_length=length, scale=scale, config=config
     )  # fmt: skip
@@ -123,7 +131,7 @@ def _row_bytes(q: Array) -> int:
     return 2 * b * h * d * q.dtype.itemsize
 
 
-def _by_heads(q: Array, source: Any, length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
+def _by_heads(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
     """Heads in groups: every group is complete, so nothing has to be put together, at the full speed of cuDNN."""
     b, lq, h, d = q.shape
     most = max(1, _CUDNN_BYTES * h // (_row_bytes(q) * rows))
@@ -138,7 +146,7 @@ def _by_heads(q: Array, source: Any, length: Array, *, read: ReadRows, rows: int
     return jnp.moveaxis(out, 0, 2).reshape(b, lq, h, d)
 
 
-def _by_rows(q: Array, source: Any, length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
+def _by_rows(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
     """Rows in parts, for queries in tiles. Heads lead, as products on every platform want it."""
     b, lq, h, d = q.shape
     part = min(_ROWS, rows)
@@ -157,7 +165,8 @@ def _by_rows(q: Array, source: Any, length: Array, *, read: ReadRows, rows: int,
             k, v = (x.swapaxes(1, 2) for x in read(source, start, part, 0, h))
             scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
             place = start + jnp.arange(part)
-            scores = jnp.where((place >= i * part) & (place < length), scores, -jnp.inf)
+            counts = jax.lax.broadcast_to_rank((place >= i * part) & (place < length), scores.ndim)
+            scores = jnp.where(counts, scores, -jnp.inf)
             # Finite from the first part on: at least one row counts there.
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, decay = jnp.exp(scores - new_top), jnp.exp(top - new_top)

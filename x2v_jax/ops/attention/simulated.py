@@ -93,7 +93,8 @@ def _attend(parts: Quantized, q: Array, q_scale: Array, tiles: Array) -> tuple[A
         scores = scores * (q_scale * jax.lax.dynamic_index_in_dim(parts.k_scale, tile, axis=2))[..., None]
         if limits is not None:
             key = tile * SCALE_BLOCK + jnp.arange(SCALE_BLOCK)
-            scores = jnp.where((key >= limits[0]) & (key < limits[1]), scores, -jnp.inf)
+            counts = jax.lax.broadcast_to_rank((key >= limits[0]) & (key < limits[1]), scores.ndim)
+            scores = jnp.where(counts, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         decay = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - (new_top - bits)[..., None])
@@ -102,11 +103,11 @@ def _attend(parts: Quantized, q: Array, q_scale: Array, tiles: Array) -> tuple[A
         more = jnp.einsum("bhqk,bkhd->bhqd", p, rows_of(parts.v, tile), preferred_element_type=jnp.float32)
         return out * decay[..., None] + more, new_top, total
 
-    def full_step(i: Any, carry: Any) -> Any:
+    def full_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         in_sink = tiles[SINK_FULL]
         return step(jnp.where(i < in_sink, i, tiles[FIRST_FULL] + i - in_sink), None, carry)
 
-    def cut_step(i: Any, carry: Any) -> Any:
+    def cut_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         tile, first, stop = (tiles[CUTS + 3 * i + column] for column in range(3))
         return step(tile, (first, stop), carry)
 

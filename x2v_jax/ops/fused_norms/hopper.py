@@ -14,6 +14,9 @@ from x2v_jax.ops.linear_8bit.choose import proved
 from x2v_jax.ops.linear_8bit.hopper_rows import ALLOWED_ERROR, quantize_each_row, takes_rows
 from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
+# Gives a thread its part of a row.
+Loader = Callable[[Array], Array]
+
 
 def layernorm_modulate_quantize_hopper(
     x: Float[Array, "b l d"],
@@ -27,11 +30,11 @@ def layernorm_modulate_quantize_hopper(
     shift = jnp.broadcast_to(shift, scale.shape).astype(jnp.float32)
     batches, lengths = scale.shape[:2]
 
-    def modulation_row(row: Any) -> Any:
+    def modulation_row(row: Array) -> Array:
         of_batch = lax.div(row, length) * lengths if batches > 1 else 0
         return of_batch + (lax.rem(row, length) if lengths > 1 else 0)
 
-    def normalized(row: Any, x: Any, shift: Any, scale: Any, total: Callable[..., Array]) -> Array:
+    def normalized(row: Array, x: Loader, shift: Loader, scale: Loader, total: Callable[..., Array]) -> Array:
         values = x(row).astype(jnp.float32)
         centred = values - total(jnp.sum, values, 0) / width
         normal = centred * lax.rsqrt(total(jnp.sum, centred * centred, 1) / width + eps)

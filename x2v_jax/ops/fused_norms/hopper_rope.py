@@ -71,7 +71,9 @@ def rmsnorm_rope_hopper(
     word = jnp.uint16 if quantized else jnp.uint32
     rows = batch * length
 
-    def kernel(x_g: Any, even_g: Any, odd_g: Any, cos_g: Any, sin_g: Any, out_g: Any, *scale_g: Any) -> None:
+    def kernel(
+        x_g: jax.Ref, even_g: jax.Ref, odd_g: jax.Ref, cos_g: jax.Ref, sin_g: jax.Ref, out_g: jax.Ref, *scale_g: jax.Ref
+    ) -> None:
         row = lax.axis_index("row")
         words = _load(x_g.at[row])
         even = lax.bitcast_convert_type(words << 16, jnp.float32)
@@ -112,11 +114,11 @@ def rmsnorm_rope_hopper(
     return QuantizedRows(result, scale[0].reshape(result.shape[:-1])) if quantized else result
 
 
-def _load(ref: Any, layout: Any = _LAYOUT) -> Array:
+def _load(ref: object, layout: object = _LAYOUT) -> Array:
     # "optimized" is for shared memory only.
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _bits(x: Array, word: Any) -> Array:
+def _bits(x: Array, word: DTypeLike) -> Array:
     unsigned = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8
     return lax.bitcast_convert_type(x, unsigned).astype(word)

@@ -19,13 +19,15 @@ def normalize(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
 def rms_normalize(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """x / rms(x) * weight over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    weight = lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def rotate(x: Float[Array, "b l n h"], cos: Float[Array, "l h"], sin: Float[Array, "l h"]) -> Float[Array, "b l n h"]:
+def rotate(x: Float[Array, "b l n h"], cos: Float[Array, "#l h"], sin: Float[Array, "#l h"]) -> Float[Array, "b l n h"]:
     """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent channels of each head; x float32, sin signed."""
     swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
-    return x * cos[:, None] + swapped * sin[:, None]
+    cos, sin = (lax.broadcast_to_rank(table[:, None], x.ndim) for table in (cos, sin))
+    return x * cos + swapped * sin
 
 
 def layernorm_modulate(

@@ -111,6 +111,10 @@ def quantize_rows(
     return rows._replace(source=x if plus is None else x + plus)
 
 
+# What follows the product, where it is given.
+_Given = Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class _How:
     activation: Activation
@@ -120,14 +124,22 @@ class _How:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(how: _How, x: Any, weight: Array, scale: Array, bias: Any, gate: Any, residual: Any) -> Array:
+def _linear(how: _How, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given) -> Array:
     tail = (weight, scale, bias, how.activation, gate, residual, how.out_dtype)
     if how.activations == "16bit":
         return matmul_16bit(x, *tail)
     return _product(how, QuantizedRows(x.values, x.scale), weight, scale, bias, gate, residual)
 
 
-def _product(how: _How, x: QuantizedRows, weight: Array, scale: Array, bias: Any, gate: Any, residual: Any) -> Array:
+def _product(
+    how: _How,
+    x: QuantizedRows,
+    weight: Array,
+    scale: Array,
+    bias: Array | None,
+    gate: Array | None,
+    residual: Array | None,
+) -> Array:
     def with_arrays(matmul: Any, **more: Any) -> Any:
         return lambda x, weight, scale, bias, gate, residual: matmul(
             x, weight, scale, bias, how.activation, gate, residual, how.out_dtype, **more
@@ -148,7 +160,9 @@ def _product(how: _How, x: QuantizedRows, weight: Array, scale: Array, bias: Any
     return reference(*arrays)
 
 
-def _forward(how: _How, x: Any, weight: Array, scale: Array, bias: Any, gate: Any, residual: Any) -> tuple[Array, Any]:
+def _forward(
+    how: _How, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given
+) -> tuple[Array, Any]:
     rows = isinstance(x, QuantizedRows)
     source = x.source if rows else x
     kind = QuantizedRows(*[None] * 3) if rows else None  # pyright: ignore[reportArgumentType]
@@ -165,9 +179,9 @@ def _backward(how: _How, kept: Any, dy: Array) -> tuple[Any, ...]:
     z = lax.dot_general(
         source.astype(jnp.bfloat16), wide, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )  # compiled away unless GELU or the gate's gradient needs it
-    pull = jax.vjp(lambda z, bias, gate: epilogue(z, bias, how.activation, gate, None), z * scale, bias, gate)[1]
+    pull = jax.vjp(lambda z, bias, gate: epilogue(z, bias, how.activation, gate, None), z * scale[None], bias, gate)[1]
     dz, dbias, dgate = pull(dy)
-    dx = jnp.dot((dz * scale).astype(jnp.bfloat16), wide, preferred_element_type=jnp.float32).astype(source.dtype)
+    dx = jnp.dot((dz * scale[None]).astype(jnp.bfloat16), wide, preferred_element_type=jnp.float32).astype(source.dtype)
     return (
         dx if kind is None else kind._replace(source=dx),
         None,
@@ -182,7 +196,14 @@ _linear.defvjp(_forward, _backward)
 
 
 def _check(
-    x: Any, weight: Any, scale: Any, bias: Any, residual: Any, activation: Any, activations: Any, implementation: Any
+    x: Any,
+    weight: Any,
+    scale: Any,
+    bias: Array | None,
+    residual: Array | None,
+    activation: Any,
+    activations: Any,
+    implementation: Any,
 ) -> tuple[int, ...]:
     """x's leading axes; UserError where the arguments do not fit."""
     check_implementation(implementation)

@@ -13,6 +13,7 @@ before the first of them can be rounded, and a block holds tile_n of them.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,9 @@ from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 from x2v_jax.ops.linear_8bit.reference import Activation
 
 plgpu: Any = mosaic_gpu  # its annotations lag behind it
+
+# What lies in memory, by name: arrays, and the barriers that say when they are there.
+Refs = dict[str, jax.Ref]
 
 _WARPGROUPS = 2
 _ROWS = 64  # a warpgroup; what one wgmma takes
@@ -91,13 +95,13 @@ def _pad_rows(x: Array, rows: int) -> Array:
     return x if x.shape[0] == rows else jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-def _tiled(width: int, dtype: DTypeLike) -> tuple[Any, ...]:
+def _tiled(width: int, dtype: DTypeLike) -> tuple[object, object]:
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(width * size * 8)
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
-def _entry(*refs: Any, names: tuple[str, ...], activation: Activation, config: MatmulConfig) -> None:
+def _entry(*refs: jax.Ref, names: tuple[str, ...], activation: Activation, config: MatmulConfig) -> None:
     gmem, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
     dtype, c = gmem["x"].dtype, config
     ring = (c.stages,)
@@ -122,27 +126,27 @@ def _entry(*refs: Any, names: tuple[str, ...], activation: Activation, config: M
     pl.run_scoped(lambda scratch: _block(gmem, out, scratch, activation, config), smem, collective_axes="wg")
 
 
-def _consumed(config: MatmulConfig) -> Any:
+def _consumed(config: MatmulConfig) -> object:
     """Arrivals say that a stage may be written again. Where peers write it too, they must hear of each."""
     counts = {"num_arrivals": _WARPGROUPS, "num_barriers": config.stages}
     return plgpu.Barrier(**counts) if config.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
 
 
-def _epilogue_buffer(config: MatmulConfig, dtype: DTypeLike) -> Any:
+def _epilogue_buffer(config: MatmulConfig, dtype: DTypeLike) -> object:
     shape = (_WARPGROUPS, config.epilogue_slots, _ROWS, config.epilogue_n)
     return plgpu.SMEM(shape, dtype, transforms=_tiled(config.epilogue_n, dtype))
 
 
-def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Activation, config: MatmulConfig) -> None:
+def _block(gmem: Refs, out: jax.Ref, smem: Refs, activation: Activation, config: MatmulConfig) -> None:
     rows, n = out.shape
     steps = gmem["x"].shape[1] // config.tile_k
     grid = (pl.cdiv(rows, _BLOCK_ROWS * config.cluster), n // config.tile_n)
     wg, peer = lax.axis_index("wg"), lax.axis_index("peer")
 
-    def each_tile(body: Any, carry: Any) -> Any:
+    def each_tile(body: Callable[[Array, Array, Array], Array], carry: Array) -> Array:
         """body(first row, first column, carry) over this block's output tiles."""
 
-        def one(info: Any, carry: Any) -> Any:
+        def one(info: mosaic_gpu.NDLoopInfo, carry: Array) -> Array:
             i, j = plgpu.planar_snake(info.index[0], grid, 1, config.snake)
             return body((i * config.cluster + peer) * _BLOCK_ROWS, j * config.tile_n, carry)
 
@@ -152,7 +156,7 @@ def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Act
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
 
-        def tile(row: Any, column: Any, count: Any) -> Any:
+        def tile(row: Array, column: Array, count: Array) -> Array:
             row = row + wg * _ROWS
             _load_vectors(gmem, smem, wg, row, column, config)
             _prefetch_residual(gmem, smem, wg, row, column, config)
@@ -167,8 +171,8 @@ def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Act
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(row: Any, column: Any, count: Any) -> Any:
-            def load(step: Any, count: Any) -> Any:
+        def tile(row: Array, column: Array, count: Array) -> Array:
+            def load(step: Array, count: Array) -> Array:
                 slot = lax.rem(count, config.stages)
                 pl.when(count >= config.stages)(lambda: plgpu.barrier_wait(smem["consumed"].at[slot]))
                 columns = pl.ds(step * config.tile_k, config.tile_k)
@@ -183,11 +187,11 @@ def _block(gmem: dict[str, Any], out: Any, smem: dict[str, Any], activation: Act
         count = each_tile(tile, jnp.int32(0))
 
         @pl.loop(lax.max(0, count - config.stages), count)
-        def _(i: Any) -> None:  # Nobody may leave while the others, or a peer, still signal.
+        def _(i: Array) -> None:  # Nobody may leave while the others, or a peer, still signal.
             plgpu.barrier_wait(smem["consumed"].at[lax.rem(i, config.stages)])
 
 
-def _load_vectors(gmem: Any, smem: Any, wg: Any, row: Any, column: Any, config: MatmulConfig) -> None:
+def _load_vectors(gmem: Refs, smem: Refs, wg: Array, row: Array, column: Array, config: MatmulConfig) -> None:
     barrier = smem["vectors_loaded"].at[wg]
     plgpu.copy_gmem_to_smem(gmem["x_scale"].at[pl.ds(row, _ROWS)], smem["x_scale"].at[wg], barrier)
     for name in ("w_scale", "bias", "channel_gate"):
@@ -195,16 +199,16 @@ def _load_vectors(gmem: Any, smem: Any, wg: Any, row: Any, column: Any, config: 
             plgpu.copy_gmem_to_smem(gmem[name].at[pl.ds(column, config.tile_n)], smem[name].at[wg], barrier)
 
 
-def _multiply(smem: Any, wg: Any, count: Any, steps: int, config: MatmulConfig) -> Array:
+def _multiply(smem: Refs, wg: Array, count: Array, steps: int, config: MatmulConfig) -> Array:
     """The 64 x tile_n sums of a warpgroup; `count` stages went through the ring before."""
     dtype = smem["x"].dtype
     sum_dtype = jnp.int32 if dtype == jnp.int8 else jnp.float32
     shape = (_ROWS, config.tile_n)
     mine = pl.ds(wg * _ROWS, _ROWS)
 
-    def stages(first: int, number: int) -> Any:
-        def run(sums: Any) -> Array:
-            def step(i: Any, _: Any) -> None:
+    def stages(first: int | Array, number: int) -> Array:
+        def run(sums: jax.Ref) -> Array:
+            def step(i: Array, _: None) -> None:
                 slot = lax.rem(count + first + i, config.stages)
                 plgpu.barrier_wait(smem["loaded"].at[slot])
                 plgpu.wgmma(sums, smem["x"].at[slot, mine], smem["w"].at[slot].T)
@@ -229,7 +233,15 @@ def _multiply(smem: Any, wg: Any, count: Any, steps: int, config: MatmulConfig) 
 
 
 def _finish(
-    gmem: Any, smem: Any, out: Any, wg: Any, row: Any, column: Any, sums: Array, activation: Activation, config: Any
+    gmem: Refs,
+    smem: Refs,
+    out: jax.Ref,
+    wg: Array,
+    row: Array,
+    column: Array,
+    sums: Array,
+    activation: Activation,
+    config: MatmulConfig,
 ) -> None:
     """Scales and the rest of the epilogue, `epilogue_n` columns at a time, out through shared memory."""
     width, slots = config.epilogue_n, config.epilogue_slots
@@ -268,14 +280,14 @@ def _finish(
             _load_residual(gmem, smem, wg, row, column, e + slots - 1, config)
 
 
-def _prefetch_residual(gmem: Any, smem: Any, wg: Any, row: Any, column: Any, config: MatmulConfig) -> None:
+def _prefetch_residual(gmem: Refs, smem: Refs, wg: Array, row: Array, column: Array, config: MatmulConfig) -> None:
     if "residual" in gmem:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for e in range(min(config.epilogue_slots - 1, config.tile_n // config.epilogue_n)):
             _load_residual(gmem, smem, wg, row, column, e, config)
 
 
-def _load_residual(gmem: Any, smem: Any, wg: Any, row: Any, column: Any, e: int, config: MatmulConfig) -> None:
+def _load_residual(gmem: Refs, smem: Refs, wg: Array, row: Array, column: Array, e: int, config: MatmulConfig) -> None:
     slot, width = e % config.epilogue_slots, config.epilogue_n
     for name, buffer in (("residual", "out"), ("token_gate", "token_gate")):
         if name in gmem:

@@ -47,7 +47,7 @@ def quantize_rows_hopper(
     width = x.shape[-1]
     inputs = [array.reshape(-1, width) for array in (x, plus) if array is not None]
 
-    def summed(row: Any, *parts: Any) -> Array:
+    def summed(row: Array, *parts: Callable[..., Array]) -> Array:
         *loaders, _ = parts
         return functools.reduce(jnp.add, [load(row).astype(jnp.float32) for load in loaders])
 
@@ -67,15 +67,15 @@ def quantize_each_row(
     part = width // groups
     layout = plgpu.Layout.WG_STRIDED((part,), vec_size=vector)
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: jax.Ref) -> None:
         *sources, values_out, scales_out, partial, met = refs
         wg, row = lax.axis_index("wg"), lax.axis_index("row")
         mine = pl.ds(wg * part, part)
 
-        def loader(ref: Any) -> Callable[[Any], Array]:
+        def loader(ref: jax.Ref) -> Callable[[Array], Array]:
             return lambda row: plgpu.load(ref.at[row, mine], layout=layout)
 
-        def total(reduce: Any, values: Array, use: int) -> Array:
+        def total(reduce: Callable[[Array], Array], values: Array, use: int) -> Array:
             result = reduce(values)
             if groups == 1:
                 return result

@@ -70,7 +70,7 @@ def round_to(x: Array, dtype: DTypeLike) -> Array:
     return jnp.round(x).astype(dtype) if name_of(dtype) == "int8" else x.astype(dtype)
 
 
-def quantize_weight(weight: Any, dtype: DTypeLike) -> tuple[Any, Any]:
+def quantize_weight(weight: object, dtype: DTypeLike) -> tuple[Any, Any]:
     """Quantizes each output channel of a weight by LightX2V's formula (tools/convert/converter.py).
 
     scale = max(absmax of the row, 1e-5) / 127 (int8) or / 448 (float8_e4m3fn); values = weight / scale rounded to

@@ -42,7 +42,7 @@ def matmul_8bit(
     if values.dtype != jnp.int8 and not float8_product:
         values, weight = values.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
     sums = lax.dot_general(values, weight, _LAST_WITH_LAST, preferred_element_type=sum_dtype)
-    y = sums.astype(jnp.float32) * x.scale[:, None] * scale
+    y = sums.astype(jnp.float32) * x.scale[:, None] * scale[None]
     return epilogue(y, bias, activation, gate, residual).astype(out_dtype)
 
 
@@ -63,7 +63,7 @@ def matmul_16bit(
     channel, so that it can wait until after the sum.
     """
     y = lax.dot_general(x, weight.astype(x.dtype), _LAST_WITH_LAST, preferred_element_type=jnp.float32)
-    return epilogue(y * scale, bias, activation, gate, residual).astype(out_dtype)
+    return epilogue(y * scale[None], bias, activation, gate, residual).astype(out_dtype)
 
 
 def epilogue(
@@ -75,7 +75,7 @@ def epilogue(
 ) -> Float[Array, "m n"]:
     """residual + gate * activation(y + bias), each part where it is given, in float32."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + bias.astype(jnp.float32)[None]
     if activation == "gelu_tanh":
         y = jax.nn.gelu(y, approximate=True)
     if gate is not None:
