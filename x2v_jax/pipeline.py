@@ -73,8 +73,8 @@ class Pipeline:
             path: the checkpoint's folder.
             loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
             options: fields of `run_options.RunOptions`: dtype, vae_dtype, vae_decode, keep_encoders,
-                sequential_guidance, offload, memory_limit, attention, attention_precision, linear, linear_activations
-                and allow_mismatch.
+                sequential_guidance, denoising_loop, offload, memory_limit, attention, attention_precision, linear,
+                linear_activations and allow_mismatch.
 
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.

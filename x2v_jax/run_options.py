@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 
 from x2v_jax import memory, vae_memory
+from x2v_jax.diffusion.schedules import Loop
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import CHOICES, OpChoice
 
@@ -17,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "vae_dtype": memory.DTYPES,
     "vae_decode": vae_memory.DECODE_METHODS,
     "offload": memory.OFFLOADS,
+    "denoising_loop": get_args(Loop),
     **CHOICES,
 }
 
@@ -30,6 +32,8 @@ class RunOptions:
     vae_decode: "auto", "whole", "stream" or "tiled"; see `vae_runner.VaeRunner`.
     keep_encoders: leave text and image encoders on the device while denoising.
     sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
+    denoising_loop: without an on_step, the steps of a distilled model are one program, in which they are "unrolled"
+        (lists of up to 16) or a "scan". The videos are the same up to rounding.
     offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device
         while the one before it is at work.
     memory_limit: GB (10^9 bytes) of the device's memory that a video may take by prediction; None: no limit. A request
@@ -46,6 +50,7 @@ class RunOptions:
     vae_decode: str = "auto"
     keep_encoders: bool = False
     sequential_guidance: bool = False
+    denoising_loop: str = "unrolled"
     offload: str = "none"
     memory_limit: float | None = None
     attention: str = "auto"
@@ -80,6 +85,10 @@ class RunOptions:
     @property
     def ops(self) -> OpChoice:
         return OpChoice(**{name: getattr(self, name) for name in CHOICES})
+
+    @property
+    def loop(self) -> Loop:
+        return cast(Loop, self.denoising_loop)  # checked
 
     @property
     def memory_limit_bytes(self) -> int | None:
