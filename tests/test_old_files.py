@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from x2v_jax.checkpoint.native.reader import open_checkpoint
 
 from convert.__main__ import main as convert
 from infer.__main__ import main as infer
@@ -22,6 +21,7 @@ from train.data.check import check
 from train.loop import Stopped, train
 from train.prepare.__main__ import main as prepare
 from x2v_jax import Pipeline, compiled_programs
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.config.flags import load_config
 from x2v_jax.video import read_frames, read_metadata
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from x2v_jax.diffusion.schedules import step_sigmas
+from x2v_jax.diffusion.schedules import Loop, step_sigmas
 from x2v_jax.generate.denoise import Conditions, Denoiser
 from x2v_jax.generate.programs import Program
 from x2v_jax.models.config import ClipConfig, VaeConfig, WanConfig
@@ -32,7 +32,12 @@ def latent_shape(size: str, frames: int = FRAMES) -> tuple[int, int, int]:
 
 
 def sampler_program(
-    config: WanConfig, latents: tuple[int, int, int], *, quantization: str | None = None, ops: Any = None
+    config: WanConfig,
+    latents: tuple[int, int, int],
+    *,
+    quantization: str | None = None,
+    ops: Any = None,
+    loop: Loop = "unrolled",
 ) -> Program:
     """The four steps from noise to latents as `Denoiser` compiles them, weights in bfloat16 or, quantized, in 8 bits.
 
@@ -40,6 +45,7 @@ def sampler_program(
         latents: frames, rows and columns.
         quantization: None, "int8" or "float8_e4m3fn".
         ops: the network's `OpChoice`; None: the default one.
+        loop: how the steps are one program.
     """
     options: dict[str, Any] = {"param_dtype": jnp.bfloat16}
     options |= {} if quantization is None else {"quantization": quantization}
@@ -47,7 +53,7 @@ def sampler_program(
     graphdef, params = abstract(lambda: WanModel(config, rngs=nnx.Rngs(0), **options))
     sigmas = step_sigmas(STEP_LIST, SHIFT, warp=True)
     shape = (1, *latents, config.out_dim)
-    programs = Denoiser(graphdef).programs(params, conditions(config, latents), shape, sigmas, watched=False)
+    programs = Denoiser(graphdef, loop=loop).programs(params, conditions(config, latents), shape, sigmas, watched=False)
     return next(program for program in programs if program.name == "denoising")
 
 

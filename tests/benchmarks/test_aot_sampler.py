@@ -88,7 +88,8 @@ NO_WHEELS = "the CUDA compiler wheels are not installed (pip install jax-cuda13-
 
 @pytest.mark.skipif(not WHEELS and importlib.util.find_spec("jax_plugins") is None, reason=NO_WHEELS)
 def test_what_is_compiled_is_as_committed():
-    command = [sys.executable, "-m", "benchmarks.aot.sampler", "--only=T2V-1.3B 480P, bf16 weights"]
+    case = "T2V-1.3B 480P, bf16 weights, hopper attention full, scan"
+    command = [sys.executable, "-m", "benchmarks.aot.sampler", f"--only={case}"]
     command += [f"--wheels={WHEELS}"] if WHEELS else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ from x2v_jax.models.wan import WanModel
 SHAPE = (1, 2, 4, 6, 16)
 CONDITIONS = Conditions(jnp.zeros((1, tiny_models.T2V.text_len, tiny_models.T2V.text_dim)), np.float32(1))
 SIGMAS = np.float32([1.0, 0.9, 0.7, 0.4])
+SCAN = {"loop": "scan"}
 
 
 @pytest.fixture
@@ -60,22 +61,44 @@ def test_the_initial_noise_is_given_away(denoiser: Denoiser):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_one_program_and_a_loop_of_steps_give_the_same(given: bool):
+def test_one_program_unrolled_or_a_scan_and_a_loop_of_steps_give_the_same(given: bool):
     graphdef, params = functional.split(WanModel(tiny_models.T2V, rngs=nnx.Rngs(0)))
     params["head"]["linear"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["linear"]["kernel"].shape)
-    denoiser = Denoiser(graphdef)
+    denoiser, scanning = Denoiser(graphdef), Denoiser(graphdef, loop="scan")
     # One more than there are re-noisings.
     noise = np.random.default_rng(0).standard_normal((len(SIGMAS), *SHAPE[1:]), np.float32)
 
-    def sample(on_step: Any = None) -> np.ndarray:
+    def sample(denoiser: Denoiser, on_step: Any = None) -> np.ndarray:
         initial, key = denoiser.draw(5, SHAPE)
         renoise = noise if given else key
         return np.asarray(denoiser.sample_step_distill(params, CONDITIONS, initial, SIGMAS, renoise, on_step))
 
     steps: list[np.ndarray] = []
-    loop = sample(lambda i, count, latents: steps.append(np.array(latents)))
+    loop = sample(denoiser, lambda i, count, latents: steps.append(np.array(latents)))
     assert len(steps) == len(SIGMAS) > 2 and np.abs(steps[0] - loop).max() > 0.1
-    np.testing.assert_allclose(sample(), loop, atol=1e-5)
+    np.testing.assert_allclose(sample(denoiser), loop, atol=1e-5)
+    np.testing.assert_allclose(sample(scanning), loop, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "unrolled"), [({}, 1, True), ({}, 4, True), ({}, 16, True), ({}, 17, False), (SCAN, 4, False)]
+)
+def test_a_list_of_up_to_16_steps_is_unrolled_as_calls_of_one_function(
+    options: dict[str, Any], steps: int, unrolled: bool
+):
+    """Of one: what is traced and lowered once has kernels whose text is the same, and these are compiled once."""
+    graphdef, params = functional.abstract(lambda: WanModel(tiny_models.T2V, rngs=nnx.Rngs(0)))
+    sigmas = np.linspace(1, 0.2, steps, dtype=np.float32)
+    *_, program = Denoiser(graphdef, **options).programs(params, CONDITIONS, SHAPE, sigmas, watched=False)
+    # On a mesh an array made inside the program is of another type than an argument, and would make the function two.
+    there = jax.NamedSharding(jax.make_mesh((1,), ("x",)), jax.P())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)  # noqa: E731
+    text = program.function.lower(*jax.tree.map(place, program.arguments)).as_text()
+    main = text[text.index("func.func public @main") :]
+    main = main[: main.index("func.func private")]
+    assert ("stablehlo.while" in main) is not unrolled
+    assert main.count("call @_distill_step_fn(") == (steps if unrolled else 0)
+    assert text.count("func.func private @_distill_step_fn") == unrolled
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -167,6 +167,8 @@ def test_a_text_length_that_holds_no_token_is_refused(file):
 
 
 def test_importing_it_loads_neither_jax_nor_the_library():
-    code = "import sys, x2v_jax.generate.tokenizer; print([m for m in ('jax', 'tokenizers', 'ftfy') if m in sys.modules])"
+    code = (
+        "import sys, x2v_jax.generate.tokenizer; print([m for m in ('jax', 'tokenizers', 'ftfy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -41,6 +41,11 @@ KEYS = (
     Key("linear_activations", "8bit", "with 8-bit weights: 8bit, or 16bit, which is slower and more exact"),
     Key("keep_encoders", False, "leave text and image encoders on the device while denoising"),
     Key("sequential_guidance", False, "two passes a step instead of one of twice the batch: slower, less memory"),
+    Key(
+        "denoising_loop",
+        "unrolled",
+        "with progress=false, how the steps of a distilled model are one program: unrolled (up to 16), or scan",
+    ),
     Key("vae_decode", "auto", "auto, whole, stream (in time) or tiled (in time and space): from fast to small"),
     Key("offload", "none", "none, or blocks: the transformer's blocks wait in the host's memory, for small GPUs"),
     Key("memory_limit", float, "GB of the device's memory that a video may take by prediction"),

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
+from x2v_jax.diffusion import step_distill
+from x2v_jax.diffusion.flow import timestep_from_sigma
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.diffusion.noise import block_noise, step_noise
 from x2v_jax.diffusion.rollout_plan import BlockStep, RolloutPlan
@@ -189,10 +190,9 @@ class Rollout:
         def body(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             x, cache = carry
             velocity, cache = model.with_cache(x, jnp.full(x.shape[:1], timesteps[i]), context, cache, start_frame)
-            x0 = x0_from_velocity(x, velocity, sigmas[i])
             # After the last step the next level is 0, which leaves x0 as it is.
             added = jax.lax.dynamic_index_in_dim(renoise, jnp.minimum(i, len(renoise) - 1), keepdims=False)
-            following = add_noise(x0, added, sigmas[jnp.minimum(i + 1, steps)])
+            following = step_distill.step(x, velocity, sigmas[i], sigmas[jnp.minimum(i + 1, steps)], added)
             return jnp.where(i < steps, following, x), cache
 
         return jax.lax.fori_loop(first, last, body, (latents, cache))

@@ -7,12 +7,17 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from x2v_jax.errors import UserError
 
 NUM_TRAIN_TIMESTEPS = 1000
+
+# How the steps of a denoising_step_list become one compiled program. Lists of more than MOST_UNROLLED are a scan.
+Loop = Literal["unrolled", "scan"]
+MOST_UNROLLED = 16
 
 
 def shift_sigma[T](sigma: T, shift: float) -> T:

@@ -1,11 +1,13 @@
 """Sampling of step-distilled models: predict the clean sample, add fresh noise at the next level, repeat.
 
 Source: LightX2V's WanStepDistillScheduler, the consistency form of Luo et al., arXiv:2310.04378. No guidance: the
-student has learnt its teacher's. One `step` has three drivers: `scan` and `sample`, which unrolls it, inside one jit,
-and a loop outside, which calls it jitted alone, where progress, previews and cancelling are wanted.
+student has learnt its teacher's. `step` is the formula and `evaluate` the network's answer before it. `steps` repeats
+them in a Python loop: unrolled inside one jit, or outside, where progress, previews and cancelling are wanted. `scan`
+repeats them in a loop of the program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from jaxtyping import Array, Float
 from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
 from x2v_jax.diffusion.schedules import step_sigmas
 
-__all__ = ["sample", "scan", "step", "step_sigmas"]
+__all__ = ["evaluate", "sample", "scan", "step", "step_sigmas", "steps", "unrolled"]
 
 VelocityFn = Callable[[Array, Array], Array]
+# (latents, sigma, next sigma, noise) -> (latents after the step, what else is wanted of it)
+type StepFn[Told] = Callable[[Array, Any, Any, Array], tuple[Array, Told]]
 
 
 def step(
@@ -40,33 +44,71 @@ def step(
     return x0 if noise is None else add_noise(x0, noise, next_sigma)
 
 
-def scan[Told](
+def evaluate(
     velocity_fn: VelocityFn,
+    latents: Float[Array, "*s"],
+    sigma: ArrayLike,
+    next_sigma: ArrayLike,
+    noise: Float[Array, "*s"],
+) -> Float[Array, "*s"]:
+    """`step` with the network's answer: velocity_fn(latents, timestep scalar) -> velocity."""
+    velocity = velocity_fn(latents, jnp.asarray(timestep_from_sigma(sigma), jnp.float32))
+    return step(latents, velocity, sigma, next_sigma, noise)
+
+
+def steps[Told](
+    step_fn: StepFn[Told],
+    noise: Float[Array, "*s"],
+    sigmas: Float[ArrayLike, " n"],
+    renoise_fn: Callable[[int], Array],
+) -> Iterator[tuple[Float[Array, "*s"], Told]]:
+    """What each step gives, one after the other.
+
+    Args:
+        step_fn: one step, such as `evaluate` with a network.
+        noise: the sample at sigmas[0].
+        sigmas: from `step_sigmas`; may be traced.
+        renoise_fn: i -> the noise to add after step i; called for all steps but the last. That one is given the noise
+            before it and level 0, which leaves x0 as it is, so that one function serves all steps.
+    """
+    levels, latents = _with_zero(sigmas), noise
+    added: Any = np.broadcast_to(np.float32(0), latents.shape)
+    for i in range(len(levels) - 1):
+        if i + 2 < len(levels):
+            added = renoise_fn(i)
+        latents, told = step_fn(latents, levels[i], levels[i + 1], added)
+        yield latents, told
+
+
+def unrolled[Told](
+    step_fn: StepFn[Told],
+    noise: Float[Array, "*s"],
+    sigmas: Float[ArrayLike, " n"],
+    renoise_fn: Callable[[int], Array],
+) -> tuple[Float[Array, "*s"], Told]:
+    """All of `steps`. Returns the clean latents, float32, and what else the steps gave, stacked."""
+    latents, told = zip(*steps(step_fn, noise.astype(jnp.float32), sigmas, renoise_fn), strict=True)
+    return latents[-1], jax.tree.map(lambda *each: jnp.stack(each), *told)
+
+
+def scan[Told](
+    step_fn: StepFn[Told],
     noise: Float[Array, "*s"],
     sigmas: Float[ArrayLike, " n"],
     renoise_fn: Callable[[Array], Array],
-    tell: Callable[[Array], Told],
 ) -> tuple[Float[Array, "*s"], Told]:
-    """All steps as one loop, whose body is compiled once.
+    """The same as one loop of the program, whose body is compiled once whatever the number of steps.
 
     Args:
-        velocity_fn, noise: as for `sample`.
-        sigmas: from `step_sigmas`; may be traced.
-        renoise_fn: traced i -> the noise to add after step i. What it gives after the last one is added at level 0.
-        tell: of the latents after a step, what is wanted of them.
-
-    Returns:
-        Clean latents, float32, and what `tell` gave, stacked.
+        renoise_fn: takes a traced i. It is called for the last step too; what it gives then is added at level 0.
     """
 
-    def one(latents: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Told]:
+    def body(latents: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Told]:
         i, sigma, following = at
-        latents = step(latents, velocity_fn(latents, timestep_from_sigma(sigma)), sigma, following, renoise_fn(i))
-        return latents, tell(latents)
+        return step_fn(latents, sigma, following, renoise_fn(i))
 
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    levels = (jnp.arange(len(sigmas)), sigmas, jnp.append(sigmas[1:], jnp.float32(0)))
-    return jax.lax.scan(one, noise.astype(jnp.float32), levels)
+    levels = jnp.asarray(_with_zero(sigmas))
+    return jax.lax.scan(body, noise.astype(jnp.float32), (jnp.arange(len(levels) - 1), levels[:-1], levels[1:]))
 
 
 def sample(
@@ -76,26 +118,28 @@ def sample(
     renoise_fn: Callable[[int], Array],
     on_step: Callable[[int, Array], None] | None = None,
 ) -> Float[Array, "*s"]:
-    """All steps, unrolled: gradients may pass through some of them.
+    """All of `steps` with a network: gradients may pass through some of them.
 
     Args:
         velocity_fn: (latents, timestep scalar) -> velocity.
-        noise: the sample at sigmas[0].
-        sigmas: static, from `step_sigmas`.
-        renoise_fn: i -> the noise to add after step i; called for all steps but the last.
+        noise, sigmas, renoise_fn: as for `steps`; sigmas are static.
         on_step: called with (i, latents) after step i. Under jit this happens once, while tracing.
 
     Returns:
         Clean latents, float32.
     """
-    sigmas = np.asarray(sigmas, np.float32)
-    latents = noise.astype(jnp.float32)
-    for i, sigma in enumerate(sigmas):
-        velocity = velocity_fn(latents, jnp.asarray(timestep_from_sigma(sigma), jnp.float32))
-        if i + 1 < len(sigmas):
-            latents = step(latents, velocity, sigma, sigmas[i + 1], renoise_fn(i))
-        else:
-            latents = step(latents, velocity, sigma)
+
+    def one(latents: Array, *at: Any) -> tuple[Array, None]:
+        return evaluate(velocity_fn, latents, *at), None
+
+    latents = start = noise.astype(jnp.float32)
+    for i, (latents, _) in enumerate(steps(one, start, np.asarray(sigmas, np.float32), renoise_fn)):
         if on_step is not None:
             on_step(i, latents)
     return latents
+
+
+def _with_zero(sigmas: ArrayLike) -> Any:
+    """The levels of all steps and of what the last one leaves, float32 [n + 1]."""
+    where: Any = jnp if isinstance(sigmas, jax.Array) else np
+    return where.append(where.asarray(sigmas, where.float32), where.float32(0))

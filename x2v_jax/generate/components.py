@@ -59,7 +59,9 @@ class Parts:
     def denoiser(self) -> Denoiser:
         if self._denoiser is None:
             graphdef = self.network("transformer").graphdef
-            self._denoiser = Denoiser(graphdef, sequential_guidance=self.options.sequential_guidance)
+            self._denoiser = Denoiser(
+                graphdef, sequential_guidance=self.options.sequential_guidance, loop=self.options.loop
+            )
         return self._denoiser
 
     @property

@@ -1,8 +1,8 @@
-"""Noise to latents with a WanModel: guidance, both samplers, and two drivers of one step function.
+"""Noise to latents with a WanModel: guidance, both samplers, and the drivers of one step function each.
 
-Without a callback the whole sampling is one compiled program, a scan over the steps: unrolled, the compiler would work
-as often on the same kernels as there are steps. With one, the same step is compiled alone and called in a loop, so that
-somebody can watch, preview and cancel between steps.
+Without a callback the whole sampling is one compiled program. The few steps of a distilled model are unrolled in it, as
+so many calls of one function, or on request a scan over them; UniPC's many steps are a scan. With a callback the same
+step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
 
 Whether the latents are finite is worked out on the device beside each step, and read when the host waits anyway: after
 the whole program, or where the loop hands a step's latents out.
@@ -20,7 +20,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from x2v_jax.diffusion import noise, step_distill, unipc
-from x2v_jax.diffusion.flow import guided_velocity, timestep_from_sigma
+from x2v_jax.diffusion.flow import guided_velocity
+from x2v_jax.diffusion.schedules import MOST_UNROLLED, Loop
 from x2v_jax.generate.programs import Program
 from x2v_jax.models import functional
 
@@ -58,10 +59,11 @@ class Denoiser:
     Args:
         graphdef: of a WanModel.
         sequential_guidance: two passes of batch 1 instead of one of batch 2.
+        loop: how the steps of a distilled model become one program; see `schedules.Loop`.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, *, sequential_guidance: bool = False):
-        self._velocity = functools.partial(_velocity, graphdef, sequential_guidance)
+    def __init__(self, graphdef: nnx.GraphDef, *, sequential_guidance: bool = False, loop: Loop = "unrolled"):
+        self._velocity, self._loop = functools.partial(_velocity, graphdef, sequential_guidance), loop
         self._distill_step = jax.jit(self._distill_step_fn, donate_argnums=(2,))
         self._distill_all = jax.jit(self._distill_all_fn, donate_argnums=(2,))
         self._unipc_start = jax.jit(unipc.init_state, donate_argnums=(0,))
@@ -109,14 +111,11 @@ class Denoiser:
         """
         if on_step is None:
             return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas))
-        latents, count = jnp.asarray(initial), len(sigmas)
-        for i, sigma in enumerate(sigmas):
-            # At the last step level 0 of no noise leaves x0 as it is, so that one program serves all steps.
-            last = i + 1 == count
-            added = np.zeros(latents.shape, np.float32) if last else self._noise_after(renoise, i, latents.shape)
-            following = np.float32(0) if last else sigmas[i + 1]
-            latents, finite = self._distill_step(params, conditions, latents, sigma, following, added)
-            _hand_out(i, count, latents, finite, on_step)
+        latents = jnp.asarray(initial)
+        one = functools.partial(self._distill_step, params, conditions)
+        steps = step_distill.steps(one, latents, sigmas, lambda i: self._noise_after(renoise, i, initial.shape))
+        for i, (latents, finite) in enumerate(steps):
+            _hand_out(i, len(sigmas), latents, finite, on_step)
         return latents
 
     def sample_unipc(
@@ -179,20 +178,24 @@ class Denoiser:
     def _distill_step_fn(
         self, params: object, conditions: Conditions, latents: Array, sigma: Array, following: Array, added: Array
     ) -> tuple[Array, Array]:
-        velocity = self._velocity(params, conditions, latents, timestep_from_sigma(sigma))
-        latents = step_distill.step(latents, velocity, sigma, following, added)
+        velocity_fn = functools.partial(self._velocity, params, conditions)
+        latents = step_distill.evaluate(velocity_fn, latents, sigma, following, added)
         return latents, _is_finite(latents)
 
     def _distill_all_fn(
         self, params: Any, conditions: Conditions, initial: Array, renoise: Any, sigmas: Array
     ) -> tuple[Array, Array]:
+        if self._loop == "unrolled" and len(sigmas) <= MOST_UNROLLED:
+            # Calls of the jitted step: it is traced and lowered once, and its kernels are the same text in all calls.
+            one = functools.partial(self._distill_step, params, conditions)
+            return step_distill.unrolled(one, initial, sigmas, lambda i: self._noise_after(renoise, i, initial.shape))
         if _is_key(renoise):
             after = lambda i: noise.step_noise(renoise, i, initial.shape)  # noqa: E731
         else:
             given = jnp.concatenate([renoise[: len(sigmas) - 1], jnp.zeros_like(initial)])
             after = lambda i: given[i][None]  # noqa: E731
-        velocity = functools.partial(self._velocity, params, conditions)
-        return step_distill.scan(velocity, initial, sigmas, after, _is_finite)
+        one = functools.partial(self._distill_step_fn, params, conditions)
+        return step_distill.scan(one, initial, sigmas, after)
 
     def _unipc_step_fn(
         self, params: object, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients

@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, cast, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from x2v_jax.diffusion.schedules import Loop
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import CHOICES, OpChoice
 
@@ -20,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "vae_dtype": DTYPES,
     "vae_decode": DECODE_METHODS,
     "offload": OFFLOADS,
+    "denoising_loop": get_args(Loop),
     **CHOICES,
 }
 
@@ -33,6 +35,8 @@ class RunOptions:
     vae_decode: "auto", "whole", "stream" or "tiled"; see `generate.vae.VaeRunner`.
     keep_encoders: leave text and image encoders on the device while denoising.
     sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
+    denoising_loop: without an on_step, the steps of a distilled model are one program, in which they are "unrolled"
+        (lists of up to 16) or a "scan". The videos are the same up to rounding.
     offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device
         while the one before it is at work.
     memory_limit: GB (10^9 bytes) of the device's memory that a video may take by prediction; None: no limit. A request
@@ -49,6 +53,7 @@ class RunOptions:
     vae_decode: str = "auto"
     keep_encoders: bool = False
     sequential_guidance: bool = False
+    denoising_loop: str = "unrolled"
     offload: str = "none"
     memory_limit: float | None = None
     attention: str = "auto"
@@ -85,6 +90,10 @@ class RunOptions:
         return OpChoice(**{name: getattr(self, name) for name in CHOICES})
 
     @property
+    def loop(self) -> Loop:
+        return cast(Loop, self.denoising_loop)  # checked
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         return None if self.memory_limit is None else int(self.memory_limit * 1e9)
 
@@ -97,6 +106,7 @@ class OptionFields(TypedDict, total=False):
     vae_decode: str
     keep_encoders: bool
     sequential_guidance: bool
+    denoising_loop: str
     offload: str
     memory_limit: float | None
     attention: str

@@ -35,8 +35,15 @@ def step_distill_trajectory(case: Case) -> dict[str, Any]:
 
     noise = _channels_last(case.inputs["noise"])
     given = jnp.stack([*renoise, jnp.zeros_like(noise)])
-    scanned = jax.jit(lambda x: step_distill.scan(_velocity_fn(case), x, sigmas, lambda i: given[i], lambda x: None))
-    trajectory = [*sample(noise)[:-1], scanned(noise)[0]]
+
+    @jax.jit
+    def scanned(noise: jax.Array) -> jax.Array:
+        def one(*at: Any) -> tuple[jax.Array, None]:
+            return step_distill.evaluate(_velocity_fn(case), *at), None
+
+        return step_distill.scan(one, noise, sigmas, lambda i: given[i])[0]
+
+    trajectory = [*sample(noise)[:-1], scanned(noise)]
     return {
         "sigmas": sigmas,
         "timesteps": timestep_from_sigma(sigmas),
