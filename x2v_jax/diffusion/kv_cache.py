@@ -206,7 +206,7 @@ def _floating(stored: Stored) -> DTypeLike:
 
 
 def _rows(
-    stored: Any, layer: Array | int, row: Array | int, rows: int, head: Array | int = 0, heads: int | None = None
+    stored: Any, layer: ArrayLike, row: ArrayLike, rows: int, head: ArrayLike = 0, heads: int | None = None
 ) -> Any:
     """[B, rows, heads, D] of a layer, of each array that is stored."""
 
@@ -217,7 +217,7 @@ def _rows(
     return jax.tree.map(some, stored)
 
 
-def _put(stored: Any, new: Array, layer: Array | int, row: Array | int) -> Any:
+def _put(stored: Any, new: Array, layer: ArrayLike, row: ArrayLike) -> Any:
     def put(x: Array, rows: Array) -> Array:
         return jax.lax.dynamic_update_slice(x, rows[None], (layer, 0, row, 0, 0))
 

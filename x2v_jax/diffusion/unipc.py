@@ -9,7 +9,7 @@ every step, so it compiles once and can be scanned.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from x2v_jax.diffusion.flow import x0_from_velocity
 from x2v_jax.diffusion.schedules import unipc_schedule
 
 VelocityFn = Callable[[Array, Array], Array]
-Coefficient = Float[Array | np.ndarray, "*steps"]
 
 
 class Coefficients(NamedTuple):
@@ -30,18 +29,18 @@ class Coefficients(NamedTuple):
     corrected sample of the step before.
     """
 
-    sigma: Coefficient
-    timestep: Coefficient
+    sigma: Any
+    timestep: Any
     # corrected = correct_x * x + correct_last * x_last + correct_new * m_new + correct_m0 * m0 + correct_m1 * m1
-    correct_x: Coefficient
-    correct_last: Coefficient
-    correct_new: Coefficient
-    correct_m0: Coefficient
-    correct_m1: Coefficient
+    correct_x: Any
+    correct_last: Any
+    correct_new: Any
+    correct_m0: Any
+    correct_m1: Any
     # next sample = predict_x * corrected + predict_new * m_new + predict_m0 * m0
-    predict_x: Coefficient
-    predict_new: Coefficient
-    predict_m0: Coefficient
+    predict_x: Any
+    predict_new: Any
+    predict_m0: Any
 
 
 class UniPCState(NamedTuple):

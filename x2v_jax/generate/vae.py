@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
@@ -204,7 +204,7 @@ class StreamDecoder:
         return frames
 
 
-def _joined(pieces: Float[Array, "n 1 f h w c"]) -> Float[Array, "1 m h w c"]:
+def _joined(pieces: Num[Array, "n 1 f h w c"]) -> Num[Array, "1 m h w c"]:
     """What a scan stacked, one after the other in time."""
     count, batch, frames, *size = pieces.shape
     return jnp.moveaxis(pieces, 0, 1).reshape(batch, count * frames, *size)

@@ -6,6 +6,7 @@ Whole coding is the same code with two chunks, which is why the two agree.
 """
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -39,7 +40,7 @@ class _Head(nnx.Module):
         return self.conv(nnx.silu(self.norm(x)), cache)
 
 
-def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike) -> nnx.List:
+def _middle(features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike) -> Any:
     return nnx.List(
         [
             ResidualBlock(features, features, rngs=rngs, **dtypes),

@@ -35,7 +35,7 @@ _IMAGE_EMBEDDING_EPS = 1e-5
 class _ImageEmbedding(nnx.Module):
     """CLIP features -> tokens of the model's width."""
 
-    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features: int, out: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.norm_1 = LayerNorm(features, eps=_IMAGE_EMBEDDING_EPS, param_dtype=dtypes["param_dtype"])
         self.linear_1 = Linear(features, features, rngs=rngs, **dtypes)
         self.linear_2 = Linear(features, out, rngs=rngs, **dtypes)
@@ -99,8 +99,8 @@ class WanModel(nnx.Module):
             smoothed: whether the matrices' columns were multiplied by factors that the blocks undo; see `Block`.
             ops: who computes attention and 8-bit matmuls.
         """
-        dtypes: dict[str, DTypeLike] = {"dtype": dtype, "param_dtype": param_dtype}
-        exact: dict[str, DTypeLike] = {"dtype": jnp.float32, "param_dtype": param_dtype}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        exact: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": param_dtype}
         dim = config.dim
         self.config = config
         self.remat: Remat = remat

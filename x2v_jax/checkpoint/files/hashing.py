@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 import threading
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 from x2v_jax.errors import UserError
 
@@ -33,11 +33,11 @@ class HashThread:
         self._stop.set()
         self._executor.shutdown(cancel_futures=True)
 
-    def results(self) -> dict[pathlib.Path, dict[str, Any]]:
+    def results(self) -> dict[pathlib.Path, dict[str, int | str]]:
         """Waits for all files: file -> {"bytes": size, "sha256": hex digest}."""
         return {file: future.result() for file, future in self._futures.items()}
 
-    def _hash(self, path: pathlib.Path) -> dict[str, Any]:
+    def _hash(self, path: pathlib.Path) -> dict[str, int | str]:
         digest, size = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_PIECE))
         try:

@@ -104,7 +104,7 @@ class LoraWriter:
         self._writer.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._writer.__exit__(*error)
 
     def write_pair(self, key: str, down: np.ndarray, up: np.ndarray) -> None:

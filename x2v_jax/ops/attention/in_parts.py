@@ -43,7 +43,7 @@ class RowsInPlace(NamedTuple):
 
     k: Float[Array, "g r h d"]
     v: Float[Array, "g r h d"]
-    first_group: Array | int
+    first_group: Array
 
 
 InPlace = Callable[[PyTree[Array]], RowsInPlace | None]

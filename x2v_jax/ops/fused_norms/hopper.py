@@ -15,7 +15,7 @@ from x2v_jax.ops.linear_8bit.hopper_rows import ALLOWED_ERROR, quantize_each_row
 from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 
 # Gives a thread its part of a row.
-Loader = Callable[[Array], Array]
+Loader = Callable[[Array | int], Array]
 
 
 def layernorm_modulate_quantize_hopper(
@@ -30,7 +30,7 @@ def layernorm_modulate_quantize_hopper(
     shift = jnp.broadcast_to(shift, scale.shape).astype(jnp.float32)
     batches, lengths = scale.shape[:2]
 
-    def modulation_row(row: Array) -> Array:
+    def modulation_row(row: Array) -> Array | int:
         of_batch = lax.div(row, length) * lengths if batches > 1 else 0
         return of_batch + (lax.rem(row, length) if lengths > 1 else 0)
 

@@ -72,7 +72,7 @@ def quantize_each_row(
         wg, row = lax.axis_index("wg"), lax.axis_index("row")
         mine = pl.ds(wg * part, part)
 
-        def loader(ref: jax.Ref) -> Callable[[Array], Array]:
+        def loader(ref: jax.Ref) -> Callable[[Array | int], Array]:
             return lambda row: plgpu.load(ref.at[row, mine], layout=layout)
 
         def total(reduce: Callable[[Array], Array], values: Array, use: int) -> Array:
