@@ -33,7 +33,7 @@ from x2v_jax.request.options import OptionFields, RunOptions
 from x2v_jax.request.request import Request, RequestFields
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
 
-Frames = UInt8[np.ndarray, "f h w 3"]
+Frames = UInt8[np.ndarray, "F H W 3"]
 
 
 @dataclasses.dataclass(frozen=True)

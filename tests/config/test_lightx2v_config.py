@@ -84,7 +84,13 @@ def requested(values: dict[str, Any]) -> dict[str, Any]:
 def test_the_autoregressive_file_fits_the_checkpoint_that_it_is_for():
     networks = {"transformer": WanConfig.t2v_14b(), "vae": VaeConfig()}
     model: Any = types.SimpleNamespace(
-        task="t2v", variant="causvid", schedule=SCHEDULES["causvid"], config=networks.__getitem__, has=lambda name: True
+        task="t2v",
+        variant="causvid",
+        schedule=SCHEDULES["causvid"],
+        config=networks.__getitem__,
+        has=lambda name: True,
+        path=pathlib.Path("model"),
+        files=lambda name: (),
     )
     request = resolve(Request(**requested(CAUSVID)), model).completed
     assert request.num_frames == 225 and request.rollout_mode == "fragments" and request.shift == 8

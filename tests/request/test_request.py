@@ -1,6 +1,7 @@
 """Requests are completed from the checkpoint's schedule, and every mistake is a sentence that names the fix."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 import types
@@ -36,6 +37,8 @@ def model(
         schedule=schedule,
         config={"transformer": wan, "vae": VaeConfig()}.__getitem__,
         has=components.__contains__,
+        path=pathlib.Path("model"),
+        files=lambda component: (),
     )
 
 

@@ -1,6 +1,7 @@
 """Block-by-block fields of requests: completed from the checkpoint, and refused in sentences that name the fix."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 import types
@@ -32,6 +33,8 @@ def model(schedule: Schedule = SLIDING, *, task: str = "t2v") -> Any:
         schedule=schedule,
         config={"transformer": WanConfig.t2v_1_3b(), "vae": VaeConfig()}.__getitem__,
         has=lambda component: True,
+        path=pathlib.Path("model"),
+        files=lambda component: (),
     )
 
 

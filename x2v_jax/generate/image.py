@@ -29,7 +29,7 @@ class ImageConditioner:
         self._condition = jax.jit(self._condition_fn, static_argnames="frames")
 
     def __call__(
-        self, picture: UInt8[np.ndarray, "h w 3"], size: tuple[int, int, int], clock: Clock
+        self, picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int, int], clock: Clock
     ) -> tuple[Float[Array, "1 n d"], Float[Array, "1 f h w c"]]:
         """CLIP's features, and the mask with the encoded picture. The networks are loaded, and stay.
 

@@ -6,7 +6,6 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,6 +18,7 @@ from x2v_jax.media.latents_file import holds_latents
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae_reach import decoder_reach
 from x2v_jax.request.model import Model
+from x2v_jax.request.request import File
 
 _FORMAT = "x2v-jax block-by-block latents"
 _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10
@@ -33,7 +33,7 @@ class Earlier:
     num_blocks: how many blocks there were before the new one, which numbers the noise.
     """
 
-    tail: Float[np.ndarray, "f h w c"] | UInt8[np.ndarray, "f h w 3"]
+    tail: Float[np.ndarray, "f h w c"] | UInt8[np.ndarray, "F H W 3"]
     available: int
     num_blocks: int
 
@@ -129,7 +129,7 @@ def read(
     return earlier
 
 
-def _from_latents(path: Any, count: int, vae: VaeConfig, expected: Mapping[str, str], allow_mismatch: bool) -> Earlier:
+def _from_latents(path: File, count: int, vae: VaeConfig, expected: Mapping[str, str], allow_mismatch: bool) -> Earlier:
     try:
         found, tensors = read_metadata(path), read_safetensors(path)
     except UserError as error:
@@ -184,7 +184,7 @@ def _from_video(path: object, count: int, plan: RolloutPlan, vae: VaeConfig, exp
     return Earlier(frames, latents, ((total - 1) // stride + 1) // plan.block)
 
 
-def _last_frames(path: Any, count: int) -> tuple[np.ndarray, int]:
+def _last_frames(path: File, count: int) -> tuple[np.ndarray, int]:
     """(the last frames of a video, uint8 [at most count, H, W, 3]; how many it has)."""
     import av
     import av.error

@@ -63,7 +63,7 @@ class BlockInputs:
 
     plan: RolloutPlan
     latent_size: tuple[int, int]
-    picture: UInt8[np.ndarray, "h w 3"] | None
+    picture: UInt8[np.ndarray, "H W 3"] | None
     earlier: earlier_video.Earlier | None
     given: int
     num_frames: int | None
@@ -109,7 +109,7 @@ class Inputs:
         is_video = self._earlier is not None and not earlier_video.holds_latents(self._earlier)
         return "video" if is_video else ""
 
-    def picture(self) -> UInt8[np.ndarray, "h w 3"]:
+    def picture(self) -> UInt8[np.ndarray, "H W 3"]:
         """The image as it is.
 
         Raises:
@@ -185,7 +185,7 @@ class Inputs:
         noise = self._files.once(path, form, lambda: BlockNoise(path, count, shape, plan.num_steps))
         return dataclasses.replace(inputs, noise=noise)
 
-    def _fitted(self) -> UInt8[np.ndarray, "h w 3"]:
+    def _fitted(self) -> UInt8[np.ndarray, "H W 3"]:
         height, width = self._size
         if isinstance(self._image, str | os.PathLike):
             return self._files.once(self._image, ("fitted", height, width), lambda: fit(self.picture(), height, width))
@@ -197,7 +197,7 @@ class Inputs:
         return self._files.once(path, form, lambda: earlier_video.read(path, plan, vae, header, allow_mismatch=anyway))
 
 
-def fit(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+def fit(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """Scales a picture until it fills height x width, and cuts off what sticks out, the same on both sides."""
     from PIL import Image, ImageOps
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Self, TypedDict, cast, get_args
+from typing import Self, TypedDict, TypeGuard, cast, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -67,7 +67,7 @@ class RunOptions:
             raise UserError("; ".join(found))
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: Mapping[str, object]) -> Self:
         """Options by name; types may be given as types, such as jnp.bfloat16.
 
         Raises:
@@ -79,7 +79,8 @@ class RunOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
                 raise UserError(f"unknown option {name!r}; {hint}")
-        return cls(**{name: _name(value) if name.endswith("dtype") else value for name, value in values.items()})
+        named = {name: _name(value) if name.endswith("dtype") else value for name, value in values.items()}
+        return cls(**named)  # type: ignore[arg-type]  # __post_init__ checks what they are
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ class OptionFields(TypedDict, total=False):
     allow_mismatch: bool
 
 
-def problems(values: Mapping[str, Any]) -> list[str]:
+def problems(values: Mapping[str, object]) -> list[str]:
     """A sentence for each option whose value it cannot have."""
     found = []
     for name, known in _CHOICES.items():
@@ -134,14 +135,14 @@ def problems(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _name(dtype: Any) -> Any:
+def _name(dtype: object) -> object:
     if isinstance(dtype, str):
         return dtype
     try:
-        return np.dtype(dtype).name
+        return np.dtype(dtype).name  # type: ignore[call-overload]  # TypeError says that it is none
     except TypeError:
         return dtype
