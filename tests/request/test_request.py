@@ -50,7 +50,7 @@ def test_empty_fields_are_filled_from_the_schedule():
     assert (resolved.height, resolved.width, resolved.num_frames, resolved.fps) == (480, 832, 81, 16)
     assert (resolved.num_inference_steps, resolved.guidance_scale, resolved.shift) == (50, 6.0, 8.0)
     assert resolved.negative_prompt == "ugly"
-    assert resolved.denoising_step_list is None and not resolved.is_step_distill and resolved.is_guided
+    assert resolved.denoising_step_list is None and resolved.is_guided
     assert latent_shape(resolved, model()) == (21, 60, 104, 16)
 
 
@@ -143,7 +143,7 @@ def test_what_agrees_with_a_distilled_schedule_is_accepted():
 
 def test_another_step_count_insisted_on_means_unipc():
     resolved = resolve(Request("a cat", num_inference_steps=20), model(DISTILLED), allow_mismatch=True)
-    assert not resolved.is_step_distill and resolved.num_inference_steps == 20
+    assert resolved.denoising_step_list is None and resolved.num_inference_steps == 20
 
 
 def test_a_distillation_lora_makes_a_step_list_fit_the_base_model():

@@ -94,10 +94,6 @@ class Request:
     frame_seq_length: int | None = None
 
     @property
-    def is_step_distill(self) -> bool:
-        return self.denoising_step_list is not None
-
-    @property
     def is_guided(self) -> bool:
         return self.guidance_scale is not None and self.guidance_scale != 1.0
 
