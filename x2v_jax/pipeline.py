@@ -21,7 +21,7 @@ from x2v_jax.generate import whole
 from x2v_jax.generate.block_inputs import BlockInputs, read_inputs
 from x2v_jax.generate.blocks import Block, collect
 from x2v_jax.generate.clock import Clock
-from x2v_jax.generate.components import Parts, prompts_of
+from x2v_jax.generate.components import Components, prompts_of
 from x2v_jax.generate.denoise import OnStep
 from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
@@ -65,7 +65,7 @@ class Pipeline:
         self.checkpoint = checkpoint
         self.options = RunOptions.of(options)
         self._has_loras = bool(loras)
-        self._parts = Parts(checkpoint, self.options, loras)
+        self._parts = Components(checkpoint, self.options, loras)
         self.lora_report = self._parts.lora_report
 
     @classmethod
@@ -261,8 +261,8 @@ class Pipeline:
     def _explained(self, request: Request) -> contextlib.AbstractContextManager[None]:
         return advice.explained(lambda: self._memory(request).explain(device.device_bytes()))
 
-    def _memory(self, request: Request) -> need.Needs:
-        return need.Needs(
+    def _memory(self, request: Request) -> need.MemoryNeed:
+        return need.MemoryNeed(
             self.checkpoint,
             {name: network.config for name, network in self._parts.networks.items()},
             self._parts.latent_shape(request)[:3],

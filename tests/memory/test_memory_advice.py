@@ -13,7 +13,7 @@ from x2v_jax import Pipeline
 from x2v_jax.errors import UserError
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.memory import predict
-from x2v_jax.memory.need import Needs
+from x2v_jax.memory.need import MemoryNeed
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
@@ -40,7 +40,9 @@ def causal(folder: pathlib.Path) -> Pipeline:
     return Pipeline.from_checkpoint(tiny_models.write_checkpoint(folder / "c", schedule=tiny_models.CAUSAL))
 
 
-def needs(pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] | None = None, **fields: Any) -> Needs:
+def needs(
+    pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] | None = None, **fields: Any
+) -> MemoryNeed:
     """What a request needs; at full size, with the tiny weights but activations of 14B at 720P."""
     request = resolve(Request("a red circle", **fields), pipeline.checkpoint)
     configs = {name: pipeline.checkpoint.config(name) for name in ("transformer", "vae", "text_encoder")}
@@ -48,7 +50,7 @@ def needs(pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] |
     if full_size:
         configs |= {"transformer": WanConfig.t2v_14b(), "vae": VaeConfig()}
         latents = (21, 90, 160)
-    return Needs(pipeline.checkpoint, configs, latents, request, RunOptions.of(options or {}))
+    return MemoryNeed(pipeline.checkpoint, configs, latents, request, RunOptions.of(options or {}))
 
 
 def exhausted(*_: Any, **__: Any) -> Any:

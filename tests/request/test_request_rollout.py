@@ -208,5 +208,5 @@ def test_causal_image_to_video_checkpoints_are_refused():
 
 
 def test_requests_and_files_are_checked_without_jax():
-    code = "import sys, x2v_jax.block_inputs, x2v_jax.latents_file, x2v_jax.request; sys.exit('jax' in sys.modules)"
+    code = "import sys, x2v_jax.generate.block_inputs, x2v_jax.media.latents_file; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

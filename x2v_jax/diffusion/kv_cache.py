@@ -190,7 +190,7 @@ def _read_like(q: Array) -> ReadRows:
 
 
 def _in_place(source: Any) -> RowsInPlace | None:
-    """All layers' rows as they are kept; what is kept in 8 bits has to be multiplied out first."""
+    """All layers' rows as they are kept; what is kept in 8 bits has to be dequantized first."""
     cache, layer = source
     if isinstance(cache.k, EightBit) or isinstance(cache.v, EightBit):
         return None

@@ -34,7 +34,7 @@ class BlockInputs:
     plan: RolloutPlan
     latent_size: tuple[int, int]
     picture: np.ndarray | None
-    earlier: earlier_video.Earlier | None
+    earlier: earlier_video.EarlierVideo | None
     given: int
     num_frames: int | None
     noise: BlockNoise | None

@@ -23,7 +23,7 @@ from x2v_jax.request.options import RunOptions
 from x2v_jax.request.resolve import latent_shape
 
 
-class Parts:
+class Components:
     """What one checkpoint's videos are made with.
 
     Args:
@@ -160,6 +160,6 @@ class Parts:
 
 
 def prompts_of(request: Request) -> list[str]:
-    """The texts to encode; see `Parts.texts`."""
+    """The texts to encode; see `Components.texts`."""
     first = [request.negative_prompt or "", request.prompt] if request.is_guided else [request.prompt]
     return [*first, *(prompt for _, prompt in request.prompt_schedule)]

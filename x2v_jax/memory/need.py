@@ -18,7 +18,7 @@ _SHORT = 5  # latent frames: 17 frames
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class MemoryNeed:
     """What a resolved request takes of the device.
 
     latents: frames, height and width.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def stream_video(
-    pipeline: "Pipeline", work: Settings, job: Job, label: str, interrupts: Interrupts
+    pipeline: "Pipeline", settings: Settings, job: Job, label: str, interrupts: Interrupts
 ) -> tuple[pathlib.Path, dict[str, float]]:
     """Makes one video into a growing mp4, with the live line if the settings have it.
 
@@ -33,8 +33,8 @@ def stream_video(
         UserError: see `Pipeline.stream_blocks` and `VideoStream.append`.
         KeyboardInterrupt: with a message about what was kept, if there is something.
     """
-    recording = _Recording(work, job, interrupts)
-    live = LiveLine(label, num_blocks(job, work), recording.fps, shown=work.config.progress)
+    recording = _Recording(settings, job, interrupts)
+    live = LiveLine(label, num_blocks(job, settings), recording.fps, shown=settings.config.progress)
     try:
         try:
             with contextlib.closing(live), contextlib.closing(pipeline.stream_blocks(job.request)) as blocks:
@@ -56,9 +56,9 @@ def stream_video(
     return recording.stream.path, recording.seconds
 
 
-def num_blocks(job: Job, work: Settings) -> int | None:
+def num_blocks(job: Job, settings: Settings) -> int | None:
     """Blocks of the video; None for an endless one."""
-    frames, block = new_latent_frames(job.request, work.checkpoint), job.request.num_frame_per_block
+    frames, block = new_latent_frames(job.request, settings.checkpoint), job.request.num_frame_per_block
     assert block is not None  # resolved
     return None if frames is None else -(-frames // block)  # a first frame of its own is one block more, the rest whole
 
@@ -66,13 +66,13 @@ def num_blocks(job: Job, work: Settings) -> int | None:
 class _Recording:
     """The mp4 and its JSON. No signal interrupts their writing: it waits until that is done."""
 
-    def __init__(self, work: Settings, job: Job, interrupts: Interrupts):
+    def __init__(self, settings: Settings, job: Job, interrupts: Interrupts):
         assert job.request.fps is not None  # resolved
         self.fps: float = job.request.fps
         self.seconds: dict[str, float] = {}
         self.is_complete = False
-        self._metadata = outputs.metadata(work, job)
-        self.stream = VideoStream(outputs.place(job, work.config.overwrite), self.fps, self._metadata)
+        self._metadata = outputs.metadata(settings, job)
+        self.stream = VideoStream(outputs.place(job, settings.config.overwrite), self.fps, self._metadata)
         self._interrupts = interrupts
         self._size: tuple[int, ...] = ()
         self._is_closed = False
