@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from x2v_jax.checkpoint.conversion.convert import Options
+    from x2v_jax.checkpoint.conversion.convert import ConversionOptions
 
 VARIANTS = ("base", "distill", "causvid", "self_forcing")
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -169,12 +169,12 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--offload", choices=("none", "blocks"), default="none", help="as in `python -m infer`")
 
 
-def options(args: argparse.Namespace) -> "Options":
+def options(args: argparse.Namespace) -> "ConversionOptions":
     """The library's options for `wan`."""
-    from x2v_jax.checkpoint.conversion.convert import Options
+    from x2v_jax.checkpoint.conversion.convert import ConversionOptions
     from x2v_jax.checkpoint.lora.merge import parse_lora_argument
 
-    return Options(
+    return ConversionOptions(
         variant=args.variant,
         components=tuple(dict.fromkeys(args.component)),
         dtype=args.dtype,

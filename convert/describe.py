@@ -15,7 +15,7 @@ def describe(args: argparse.Namespace) -> None:
     if args.layers or args.against:
         _each_matrix(args)
         return
-    from convert.memory import COUNTED, phases
+    from convert.run_memory import COUNTED, phases
     from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
 
     found = inspect(args.path, phases)

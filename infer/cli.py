@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from infer import outputs, settings, start, warm_up
+from infer import outputs, start, warm_up
 from infer.interrupts import Interrupts
-from infer.settings import Job, Settings
-from infer.streaming import stream_video
+from infer.record import stream_video
+from infer.settings import Job, Settings, read_settings
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
 
@@ -74,38 +74,38 @@ def run(arguments: Sequence[str]) -> None:
     options = {name: option for name, option in OPTIONS.items() if name != "config"}
     with Interrupts() as interrupts:
         line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
-        work = settings.read(line)
-        (warm_up.run if line.options.get("warmup") else _generate)(work, interrupts)
+        settings = read_settings(line)
+        (warm_up.run if line.options.get("warmup") else _generate)(settings, interrupts)
 
 
-def _generate(work: Settings, interrupts: Interrupts) -> None:
+def _generate(settings: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
-    pipeline = start.pipeline(work)
-    warm_up.take_programs(pipeline, work)
-    start.announce(pipeline, work)
+    pipeline = start.pipeline(settings)
+    warm_up.take_programs(pipeline, settings)
+    start.announce(pipeline, settings)
     seconds = {"imports": time.perf_counter() - begin}
-    is_causal = work.checkpoint.schedule.causal is not None
+    is_causal = settings.checkpoint.schedule.causal is not None
     predicted = 0
-    for number, job in enumerate(work.jobs, 1):
-        if len(work.jobs) > 1 and number % _PROMPTS_AT_ONCE == 1:
-            ahead = work.jobs[number - 1 :][:_PROMPTS_AT_ONCE]
+    for number, job in enumerate(settings.jobs, 1):
+        if len(settings.jobs) > 1 and number % _PROMPTS_AT_ONCE == 1:
+            ahead = settings.jobs[number - 1 :][:_PROMPTS_AT_ONCE]
             seconds["text"] = seconds.get("text", 0.0) + pipeline.prepare([each.request for each in ahead])
-        label = f"{number}/{len(work.jobs)} " if len(work.jobs) > 1 else ""
+        label = f"{number}/{len(settings.jobs)} " if len(settings.jobs) > 1 else ""
         predicted = max(predicted, pipeline.plan(job.request).peak)
         if is_causal:
-            path, taken = stream_video(pipeline, work, job, f"{label}streaming", interrupts)
+            path, taken = stream_video(pipeline, settings, job, f"{label}streaming", interrupts)
         else:
-            path, taken = _one_video(pipeline, work, job, label)
+            path, taken = _one_video(pipeline, settings, job, label)
         for name, value in taken.items():
             seconds[name] = seconds.get(name, 0.0) + value
         print(path, flush=True)
-    _summarize(len(work.jobs), seconds, time.perf_counter() - begin, predicted)
+    _summarize(len(settings.jobs), seconds, time.perf_counter() - begin, predicted)
 
 
-def _one_video(pipeline: "Pipeline", work: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
-    result = _generate_whole(pipeline, job, work.config, label)
+def _one_video(pipeline: "Pipeline", settings: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
+    result = _generate_whole(pipeline, job, settings.config, label)
     before = time.perf_counter()
-    path = outputs.write(job, result.frames, outputs.metadata(work, job), work.config.overwrite)
+    path = outputs.write(job, result.frames, outputs.metadata(settings, job), settings.config.overwrite)
     return path, result.seconds | {"file": time.perf_counter() - before}
 
 

@@ -17,21 +17,21 @@ _LEFT_OUT = (
 )  # fmt: skip
 
 
-def metadata(work: Settings, job: Job) -> dict[str, Any]:
+def metadata(settings: Settings, job: Job) -> dict[str, Any]:
     """What a video carries: enough to make it again. Nothing in it depends on the time of day."""
     import jax
 
-    config = {name: value for name, value in work.config.to_dict().items() if name not in _LEFT_OUT}
+    config = {name: value for name, value in settings.config.to_dict().items() if name not in _LEFT_OUT}
     for name in Request.field_names():
         if name in config:
             config[name] = getattr(job.request.completed, name)
-    config["lora"] = work.loras
+    config["lora"] = settings.loras
     return {
         "program": "x2v-jax",
         "version": VERSION,
         "config": config,
-        "model_sha256": checkpoint_digest(work.checkpoint),
-        "inputs": work.inputs,
+        "model_sha256": checkpoint_digest(settings.checkpoint),
+        "inputs": settings.inputs,
         "made_with": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
 

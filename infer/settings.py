@@ -46,7 +46,7 @@ class Settings:
     inputs: dict[str, str]
 
 
-def read(line: flags.CommandLine) -> Settings:
+def read_settings(line: flags.CommandLine) -> Settings:
     """The run that a command line describes.
 
     Raises:

@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline
 
 
-def pipeline(work: Settings) -> "Pipeline":
+def pipeline(settings: Settings) -> "Pipeline":
     """The pipeline that the settings describe, with jax and its compilation cache set up.
 
     Raises:
         UserError: the device cannot run what they name.
     """
-    _set_up_jax(work.config.compilation_cache)
+    _set_up_jax(settings.config.compilation_cache)
     from x2v_jax.pipeline import Pipeline
 
-    return Pipeline(work.checkpoint, loras=work.loras, **options(work.config))
+    return Pipeline(settings.checkpoint, loras=settings.loras, **options(settings.config))
 
 
 def _set_up_jax(cache: str) -> None:
@@ -32,7 +32,7 @@ def _set_up_jax(cache: str) -> None:
         use_cache(cache)
 
 
-def announce(pipeline: "Pipeline", work: Settings) -> None:
+def announce(pipeline: "Pipeline", settings: Settings) -> None:
     """Says what will be made, and warns where memory may not suffice.
 
     Raises:
@@ -40,20 +40,21 @@ def announce(pipeline: "Pipeline", work: Settings) -> None:
     """
     import jax
 
-    request = work.jobs[0].request
+    request = settings.jobs[0].request
     plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
     frames = "endless" if request.endless else f"{request.num_frames} frames of"
     if isinstance(request.plan, WholePlan):
-        how = f"{request.num_steps} steps, guidance {request.guidance_scale:g}"
+        making = f"{request.num_steps} steps, guidance {request.guidance_scale:g}"
     else:
-        how = (
+        making = (
             f"{request.num_steps} steps for each block of {request.plan.block} latent frames, "
             f"{request.plan.mode} window of {request.plan.window}"
         )
     on_host = f" and {plan.host / 1e9:.1f} GB of the host's" if plan.host else ""
+    checkpoint, device = settings.checkpoint, jax.devices()[0].device_kind
     print(
-        f"{work.checkpoint.path} ({work.checkpoint.task} {work.checkpoint.variant}) on {jax.devices()[0].device_kind}: "
-        f"{frames} {height}x{width}, {how}, {work.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory{on_host}",
+        f"{checkpoint.path} ({checkpoint.task} {checkpoint.variant}) on {device}: {frames} {height}x{width}, {making}, "
+        f"{settings.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory{on_host}",
         file=sys.stderr,
     )
     if pipeline.lora_report is not None:

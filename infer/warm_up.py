@@ -22,29 +22,29 @@ _NOT_COMPILED = {
 }  # fmt: skip
 
 
-def run(work: Settings, interrupts: Interrupts) -> None:
+def run(settings: Settings, interrupts: Interrupts) -> None:
     """Compiles the programs of all videos of the settings into jax's cache and into config.compiled_programs.
 
     Raises:
         UserError: a file cannot be written.
     """
     begin = time.perf_counter()
-    pipeline = start.pipeline(work)
+    pipeline = start.pipeline(settings)
     import jax
 
     from x2v_jax.generate import compiled_programs
 
-    usual, file = jax.config.jax_compilation_cache_dir, work.config.compiled_programs
+    usual, file = jax.config.jax_compilation_cache_dir, settings.config.compiled_programs
     if file:
         compiled_programs.check_writable(file)
     folder = compiled_programs.fresh_cache() if file else None
     count = 0
-    for request in _different(pipeline, work):
-        for name, seconds in pipeline.warm_up(request, watched=_is_watched(work), on_start=_show):
+    for request in _different(pipeline, settings):
+        for name, seconds in pipeline.warm_up(request, watched=_is_watched(settings), on_start=_show):
             count += 1
             print(f"{_clear()}{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     if file and folder:
-        total = compiled_programs.save(file, folder, compiled_programs.identity(_config(pipeline, work)))
+        total = compiled_programs.save(file, folder, compiled_programs.identity(_config(pipeline, settings)))
         megabytes = pathlib.Path(file).expanduser().stat().st_size / 1e6
         print(f"{file}: {total} programs, {megabytes:.1f} MB", flush=True)
         for entry in folder.iterdir() if usual else ():
@@ -53,9 +53,9 @@ def run(work: Settings, interrupts: Interrupts) -> None:
     print(f"{count} programs compiled in {time.perf_counter() - begin:.1f} s{where}", file=sys.stderr)
 
 
-def take_programs(pipeline: "Pipeline", work: Settings) -> None:
+def take_programs(pipeline: "Pipeline", settings: Settings) -> None:
     """Puts the programs of config.compiled_programs where jax finds them; warns where they are for something else."""
-    if not work.config.compiled_programs:
+    if not settings.config.compiled_programs:
         return
     import jax
 
@@ -63,22 +63,22 @@ def take_programs(pipeline: "Pipeline", work: Settings) -> None:
 
     usual = jax.config.jax_compilation_cache_dir
     folder = pathlib.Path(usual) if usual else compiled_programs.fresh_cache()
-    wanted = compiled_programs.identity(_config(pipeline, work))
-    compiled_programs.install(work.config.compiled_programs, folder, wanted)
+    wanted = compiled_programs.identity(_config(pipeline, settings))
+    compiled_programs.install(settings.config.compiled_programs, folder, wanted)
 
 
-def _different(pipeline: "Pipeline", work: Settings) -> list[ResolvedRequest]:
+def _different(pipeline: "Pipeline", settings: Settings) -> list[ResolvedRequest]:
     """One request of each kind that has programs of its own."""
     kinds: dict[Any, ResolvedRequest] = {}
-    for job in work.jobs:
+    for job in settings.jobs:
         plain = dataclasses.replace(job.request.completed, **_NOT_COMPILED)
         kinds.setdefault((plain, pipeline.output_size(job.request)), job.request)
     return list(kinds.values())
 
 
-def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
+def _config(pipeline: "Pipeline", settings: Settings) -> dict[str, Any]:
     """What decides which programs a run has, of its first video."""
-    request, checkpoint = work.jobs[0].request, work.checkpoint
+    request, checkpoint = settings.jobs[0].request, settings.checkpoint
     known: dict[str, Any] = {"task": checkpoint.task}
     for name in checkpoint.components:
         if name != "tokenizer":
@@ -87,12 +87,12 @@ def _config(pipeline: "Pipeline", work: Settings) -> dict[str, Any]:
     frames, height, width = pipeline.output_size(request)
     own = {name: value for name, value in dataclasses.asdict(request.completed).items() if name not in _NOT_COMPILED}
     own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}
-    run = options(work.config) | {"allow_mismatch": None, "memory_limit": None}
-    return known | own | run | {"progress": _is_watched(work)}
+    run = options(settings.config) | {"allow_mismatch": None, "memory_limit": None}
+    return known | own | run | {"progress": _is_watched(settings)}
 
 
-def _is_watched(work: Settings) -> bool:
-    return bool(work.config.progress)
+def _is_watched(settings: Settings) -> bool:
+    return bool(settings.config.progress)
 
 
 def _show(name: str) -> None:

@@ -47,7 +47,7 @@ class Rollout(Protocol):
 
 
 def sample_keys(key: Key[Array, ""], sample: Int[Array, " b"]) -> Keys:
-    """A key for each sample of a batch: its noise does not depend on which others are worked off with it."""
+    """A key for each sample of a batch: its noise does not depend on which others are computed with it."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(sample)
 
 
@@ -113,7 +113,7 @@ class _Tape(NamedTuple):
 
 
 class BlockByBlock:
-    """A causal student with its cache, as at inference: a block is denoised, then shown again clean.
+    """A causal student with its cache, as at inference: a block is denoised, then the cache is updated with it.
 
     A gradient is taken in two passes. The first rolls out and keeps the input of each block's exit step and what the
     block left in the cache; the second evaluates those steps again, one block at a time, against what the blocks before
@@ -126,7 +126,7 @@ class BlockByBlock:
         sigmas: falling noise levels of its steps.
         block: frames made together.
         window: frames that a block sees, itself included, in whole blocks; None for f.
-        context_timestep: at which a finished block is shown again.
+        context_timestep: of a finished block's cache update.
         cache_dtype: of keys and values.
     """
 
@@ -189,13 +189,13 @@ class BlockByBlock:
             velocity, cache = model.with_cache(x, timestep, context, cache, start)
             return x0_from_velocity(x, velocity, _levels(sigmas[i], x)), cache
 
-        def show(x0: Latents, cache: KVCache, start: Array, timestep: float) -> tuple[KVCache, tuple[Array, Array]]:
+        def update(x0: Latents, cache: KVCache, start: Array, timestep: float) -> tuple[KVCache, tuple[Array, Array]]:
             _, cache = model.with_cache(x0, jnp.full((count,), timestep, jnp.float32), context, cache, start)
             row = self._layout.slot(start) * (self._rows // self._block)
             return cache, (self._block_rows(cache.k, row), self._block_rows(cache.v, row))
 
         def given_block(cache: KVCache, inputs: tuple[Array, Array]) -> tuple[KVCache, tuple[Array, Array]]:
-            return show(inputs[1], cache, inputs[0] * self._block, 0.0)
+            return update(inputs[1], cache, inputs[0] * self._block, 0.0)
 
         def new_block(cache: KVCache, number: Array) -> tuple[KVCache, tuple[Array, Array, Array, Array]]:
             start = (given + number) * self._block
@@ -208,7 +208,7 @@ class BlockByBlock:
             noise = jax.vmap(lambda key: block_noise(key, number, shape))(keys)
             noisy, cache = jax.lax.fori_loop(0, exit_step, step, (noise, cache))
             x0, cache = clean(noisy, exit_step, cache, start)
-            cache, (k, v) = show(x0, cache, start, self._context_timestep)
+            cache, (k, v) = update(x0, cache, start, self._context_timestep)
             return cache, (noisy, x0, k, v)
 
         cache = KVCache.empty(self._config, self._layout, count, self._cache_dtype)

@@ -76,7 +76,7 @@ def make_update(
         name: of the role.
         gradient: what it learns from.
         averaging: how the average follows, where it is of this role.
-        accumulate: parts that a batch is worked off in; leaves of a batch have the samples on their first axis.
+        accumulate: parts whose gradients make up a batch's; leaves of a batch have the samples on their first axis.
         ends_step: whether this is the last update of a step.
         shardings: of the state, where there are several devices.
     """

@@ -22,7 +22,7 @@ from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
 from x2v_jax.generate.blocks import Block, collect
 from x2v_jax.generate.clock import Clock
-from x2v_jax.generate.components import Parts
+from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
 from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
@@ -71,8 +71,8 @@ class Pipeline:
         self.options = RunOptions.of(options)
         self._has_loras = bool(loras)
         self._files = InputFiles()
-        self._parts = Parts(checkpoint, self.options, loras)
-        self.lora_report = self._parts.lora_report
+        self._components = Components(checkpoint, self.options, loras)
+        self.lora_report = self._components.lora_report
 
     @classmethod
     def from_checkpoint(
@@ -121,8 +121,8 @@ class Pipeline:
             return self._generate_blocks(request, request.plan, on_step)
         memory = self.check_memory(request)
         clock = Clock()
-        with self._explained(request), self._parts.precision():
-            shape, denoiser = request.latent_shape, self._parts.denoiser
+        with self._explained(request), self._components.precision():
+            shape, denoiser = request.latent_shape, self._components.denoiser
             # First, so that a file of noise that does not fit costs no loading.
             noise = whole.noise(denoiser, request.seed, shape, request.plan, request.inputs)
             conditions = self._conditions(request, clock)
@@ -179,7 +179,7 @@ class Pipeline:
     def output_size(self, request: Request | ResolvedRequest) -> tuple[int | None, int, int]:
         """Frames (None: endless), height and width in pixels of the video that a request gives."""
         request = self.resolve(request)
-        stride = self._parts.network("vae").config.spatial_stride
+        stride = self._components.network("vae").config.spatial_stride
         _, height, width, _ = request.latent_shape
         return request.num_frames or None, height * stride, width * stride
 
@@ -206,11 +206,11 @@ class Pipeline:
         """
         begin = time.perf_counter()
         clock = Clock()
-        with self._parts.precision():
+        with self._components.precision():
             for request in map(self.resolve, requests):
                 if not request.inputs.replaces_text_encoder:
-                    self._parts.prompts(request.prompts, clock)
-        self._parts.release_encoders()
+                    self._components.prompts(request.prompts, clock)
+        self._components.release_encoders()
         return time.perf_counter() - begin
 
     def warm_up(
@@ -233,27 +233,27 @@ class Pipeline:
             UserError: the request does not fit.
         """
         request = self.resolve(request)
-        with self._parts.precision():
+        with self._components.precision():
             yield from compile_all(self._programs(request, watched), on_start)
 
     def _programs(self, request: ResolvedRequest, watched: bool) -> Iterator[Program]:
         if not request.inputs.replaces_text_encoder:
-            yield from self._parts.prompts.programs()
+            yield from self._components.prompts.programs()
         if isinstance(request.plan, WholePlan):
-            yield from whole.programs(self._parts, request, request.plan, watched=watched)
+            yield from whole.programs(self._components, request, request.plan, watched=watched)
         else:
-            yield from self._parts.streamer.programs(request, request.block_inputs(request.plan))
+            yield from self._components.streamer.programs(request, request.block_inputs(request.plan))
 
     def _texts(self, request: ResolvedRequest, clock: Clock) -> list[Float[np.ndarray, "l d"]]:
         """Embeddings of a request's prompts, encoded or from its file."""
         given = request.inputs.text()
         if not given:
-            return self._parts.prompts(request.prompts, clock)
+            return self._components.prompts(request.prompts, clock)
         if not request.uses_guidance:
             return [given["text"]]
         negative = given.get("negative_text")
         if negative is None:
-            negative = self._parts.prompts(request.prompts[:1], clock)[0]
+            negative = self._components.prompts(request.prompts[:1], clock)[0]
         return [negative, given["text"]]
 
     def _conditions(self, request: ResolvedRequest, clock: Clock) -> Conditions:
@@ -262,9 +262,9 @@ class Pipeline:
         if self.checkpoint.task == "i2v":
             _, height, width = self.output_size(request)
             size = request.num_frames, height, width
-            features, latents = self._parts.images(request.inputs.picture(), size, clock)
+            features, latents = self._components.images(request.inputs.picture(), size, clock)
             conditions = conditions._replace(image_features=features, image_latents=latents)
-        self._parts.release_encoders()
+        self._components.release_encoders()
         return conditions
 
     def _denoised(
@@ -277,21 +277,21 @@ class Pipeline:
         on_step: OnStep | None,
     ) -> Float[Array, "1 f h w c"]:
         with clock("load"):
-            params = self._parts.network("transformer").load()
+            params = self._components.network("transformer").load()
         with clock("denoise"):
             try:
-                latents = self._parts.denoiser.sample(params, conditions, *noise, whole.schedule(plan), on_step)
+                latents = self._components.denoiser.sample(params, conditions, *noise, whole.schedule(plan), on_step)
             except NotFinite as error:
-                raise self._parts.not_finite(f"after {error}") from None
+                raise self._components.not_finite(f"after {error}") from None
             if request.pin_first_frame and conditions.image_latents is not None:
                 latents = whole.pin_first_frame(latents, conditions.image_latents)
         return latents
 
     def _decoded(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> Frames:
         with clock("load"):
-            self._parts.network("vae").load()
+            self._components.network("vae").load()
         with clock("vae"):
-            return self._parts.vae.decode(latents)
+            return self._components.vae.decode(latents)
 
     def _generate_blocks(self, request: ResolvedRequest, plan: RolloutPlan, on_step: OnStep | None) -> Result:
         if request.endless:
@@ -306,8 +306,8 @@ class Pipeline:
         def blocks() -> Generator[Block]:
             clock = Clock()
             texts = self._texts(request, clock)
-            self._parts.release_encoders()
-            yield from self._parts.streamer.stream(request, inputs, texts, clock)
+            self._components.release_encoders()
+            yield from self._components.streamer.stream(request, inputs, texts, clock)
 
         self.check_memory(request)
         return self._each(blocks, request)
@@ -316,7 +316,7 @@ class Pipeline:
         """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
         with contextlib.closing(start()) as blocks:
             while True:
-                with self._explained(request), self._parts.precision():
+                with self._explained(request), self._components.precision():
                     block = next(blocks, None)
                 if block is None:
                     return
@@ -325,14 +325,14 @@ class Pipeline:
     def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
         return advice.explained(lambda: self._memory(request).explain(device.device_bytes()))
 
-    def _memory(self, request: ResolvedRequest) -> need.Needs:
+    def _memory(self, request: ResolvedRequest) -> need.MemoryNeed:
         blocks = None
         if isinstance(request.plan, RolloutPlan):
             kv_cache = request.kv_cache or self.options.dtype
             blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
-        return need.Needs(
+        return need.MemoryNeed(
             self.checkpoint,
-            {name: network.config for name, network in self._parts.networks.items()},
+            {name: network.config for name, network in self._components.networks.items()},
             request.latent_shape[:3],
             request.uses_guidance,
             not request.inputs.replaces_text_encoder,

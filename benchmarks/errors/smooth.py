@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.errors.record import Recording
 from convert.calibrate import about, record
 from x2v_jax.checkpoint.conversion.convert import convert
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.quantize.calibration import Calibration, write_calibration
 from x2v_jax.checkpoint.quantize.smoothing import ALPHA, smoothing_factors
@@ -49,7 +49,9 @@ def smoothed_params(checkpoint: Any, quantization: str, calibration: Calibration
     with tempfile.TemporaryDirectory() as folder:
         written = Calibration(calibration.maxima, calibration.about, pathlib.Path(folder) / "c.safetensors")
         write_calibration(written)
-        options = Options(components=("transformer",), quantize=_WORDS[quantization], smooth=str(written.path))
+        options = ConversionOptions(
+            components=("transformer",), quantize=_WORDS[quantization], smooth=str(written.path)
+        )
         convert(checkpoint.path, pathlib.Path(folder) / "made", options)
         return open_checkpoint(pathlib.Path(folder) / "made").load("transformer", "float32", quantized=True)
 

@@ -57,7 +57,7 @@ def _measure(settings: Settings, shape: NormShape, make: Any, dtype: str, implem
 
 
 def _plain(out: Any) -> Any:
-    """Quantized rows multiplied out."""
+    """Dequantized rows."""
     if isinstance(out, tuple):
         return out[0].astype(jnp.float32) * out[1][..., None]
     return out.astype(jnp.float32)

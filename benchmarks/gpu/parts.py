@@ -91,11 +91,6 @@ class Parts:
         self.found.append(Part(name, seconds, first, compiling))
         return result
 
-    @property
-    def end_to_end(self) -> float:
-        """Seconds of one call of every part, one after the other."""
-        return sum(part.median for part in self.found)
-
 
 def _digits(value: float) -> float:
     return float(f"{value:.4g}")

@@ -53,11 +53,11 @@ def copy_seconds(source: pathlib.Path, destination: pathlib.Path) -> float:
 
 def convert_here(source: str, destination: str) -> dict[str, float]:
     """Converts in this process; seconds, seconds of CPU, and bytes of resident memory above the start."""
-    from x2v_jax.checkpoint.conversion.convert import Options, convert
+    from x2v_jax.checkpoint.conversion.convert import ConversionOptions, convert
 
     before = peak_bytes()
     start, busy = time.perf_counter(), time.process_time()
-    convert(source, destination, Options(variant="base"))
+    convert(source, destination, ConversionOptions(variant="base"))
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - busy,

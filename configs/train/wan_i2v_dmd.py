@@ -5,7 +5,7 @@
 Teacher: a native checkpoint of the base model (`python -m convert wan`).
 Data: config.data.images, the cache that `python -m train.prepare images` made of pictures with captions.
 The settings are Self-Forcing-Plus's recipe; its guidance_scale 6 is real_guidance_scale 7.0 here.
-The global batch is 64 on any number of devices that divides it; `--config.accumulate` works it off in parts.
+The global batch is 64 on any number of devices that divides it; `--config.accumulate` computes it in parts.
 `--dry_run` tells the memory.
 """
 

@@ -6,7 +6,7 @@ Teacher: a native checkpoint of the base model (`python -m convert wan`).
 Data: config.data.prompts, a text file of one prompt a line, or the cache that `python -m train.prepare
 prompts` made of it.
 The settings are Self-Forcing-Plus's recipe; its guidance_scale 5 is real_guidance_scale 6.0 here.
-The global batch is 64 on any number of devices that divides it; `--config.accumulate` works it off in parts.
+The global batch is 64 on any number of devices that divides it; `--config.accumulate` computes it in parts.
 `--dry_run` tells the memory.
 """
 

@@ -15,7 +15,7 @@ from convert.__main__ import main
 from convert.calibrate import Maxima
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.conversion.convert import convert
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.quantize.calibration import read_calibration
 from x2v_jax.models import wan_blocks
@@ -100,7 +100,7 @@ def test_videos_made_block_by_block_are_recorded(tmp_path, prompts):
     maxima, count = _heard(source, tmp_path / "c.safetensors", prompts, "--limit", 1, "--num-frames", 21)
     # Two blocks of two steps, and the first is shown again to the second; 2 layers.
     assert count == (2 * 2 + 1) * 2 and all(x.any() for x in maxima.values())
-    convert(source, tmp_path / "out", Options(quantize="int8", smooth=str(tmp_path / "c.safetensors")))
+    convert(source, tmp_path / "out", ConversionOptions(quantize="int8", smooth=str(tmp_path / "c.safetensors")))
     frames = Pipeline.from_checkpoint(tmp_path / "out")("a red circle moves left", seed=1, num_frames=21)
     assert frames.shape == (21, 32, 48, 3)
 
@@ -111,7 +111,7 @@ def test_offloaded_blocks_say_the_same_and_smoothed_ones_run(tmp_path, prompts):
     there, _ = _heard(source, tmp_path / "b.safetensors", prompts, "--limit", 1, "--offload", "blocks")
     for name, largest in here.items():
         assert np.allclose(largest, there[name], rtol=1e-5), name
-    convert(source, tmp_path / "out", Options(quantize="fp8", smooth=str(tmp_path / "a.safetensors")))
+    convert(source, tmp_path / "out", ConversionOptions(quantize="fp8", smooth=str(tmp_path / "a.safetensors")))
     videos = [Pipeline.from_checkpoint(tmp_path / "out", offload=o)("a red circle", seed=1) for o in ("none", "blocks")]
     assert np.abs(videos[0].astype(int) - videos[1]).max() <= 2
 
@@ -137,7 +137,7 @@ def test_the_places_are_those_that_the_blocks_name():
 def test_every_mistake_is_one_sentence_before_the_work(tmp_path, prompts, pictures, capsys):
     source, moving = tiny_models.write_checkpoint(tmp_path / "t2v"), tmp_path / "i2v"
     tiny_models.write_checkpoint(moving, image=True)
-    convert(source, tmp_path / "int8", Options(quantize="int8"))
+    convert(source, tmp_path / "int8", ConversionOptions(quantize="int8"))
     out = tmp_path / "c.safetensors"
     there = tmp_path / "there.safetensors"
     there.touch()

@@ -23,7 +23,7 @@ def test_blocks_in_the_hosts_memory_give_the_same_video(kind: str, tmp_path: pat
     expected, result = plain.generate(request), offloaded.generate(request)
     np.testing.assert_array_equal(result.latents, expected.latents)
     np.testing.assert_array_equal(result.frames, expected.frames)
-    params = functional.flatten(offloaded._parts.network("transformer").load())
+    params = functional.flatten(offloaded._components.network("transformer").load())
     kinds = {name.split(".")[0] == "blocks": leaf.sharding.memory_kind for name, leaf in params.items()}
     assert kinds == {True: "pinned_host", False: jax.devices()[0].default_memory().kind}
     assert result.memory_plan.host == sum(leaf.nbytes for name, leaf in params.items() if name.startswith("blocks."))
@@ -34,4 +34,4 @@ def test_blocks_in_the_hosts_memory_are_compiled_ahead_too(tmp_path: pathlib.Pat
     pipeline = Pipeline.from_checkpoint(path, offload="blocks")
     names = [name for name, _ in pipeline.warm_up(Request("a red circle", seed=1))]
     assert names == ["text encoder", "noise", "denoising", "VAE decoder, whole"]
-    assert not any(network.is_loaded for network in pipeline._parts.networks.values())
+    assert not any(network.is_loaded for network in pipeline._components.networks.values())

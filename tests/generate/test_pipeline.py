@@ -265,7 +265,7 @@ def test_encoders_leave_the_device_before_denoising(i2v: Pipeline):
     loaded: list[set[str]] = []
 
     def on_step(step: int, count: int, latents: jax.Array) -> None:
-        loaded.append({name for name, each in pipeline._parts.networks.items() if each.is_loaded})
+        loaded.append({name for name, each in pipeline._components.networks.items() if each.is_loaded})
 
     for keep in (False, True):
         pipeline = Pipeline(i2v.checkpoint, dtype="float32", keep_encoders=keep)
@@ -317,10 +317,10 @@ def test_bfloat16_is_close_to_float32(distilled: Pipeline):
     rounded = other.generate(Request(PROMPT, seed=3))
     error = np.linalg.norm(rounded.latents - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05
-    params = functional.flatten(other._parts.networks["transformer"].load())
+    params = functional.flatten(other._components.networks["transformer"].load())
     assert params["blocks.ffn.linear_1.kernel"].dtype == jnp.bfloat16
     assert params["time_embedding.linear_1.kernel"].dtype == params["blocks.modulation"].dtype == jnp.float32
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(other._parts.networks["vae"].load()))
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(other._components.networks["vae"].load()))
 
 
 def lora_file(path: pathlib.Path) -> pathlib.Path:

@@ -51,17 +51,17 @@ def save(path: pathlib.Path, **arrays: np.ndarray) -> pathlib.Path:
 
 
 def rollout(pipeline: Pipeline) -> Rollout:
-    assert pipeline._parts._streamer is not None
-    return next(iter(pipeline._parts._streamer._rollouts.values()))
+    assert pipeline._components._streamer is not None
+    return next(iter(pipeline._components._streamer._rollouts.values()))
 
 
 def by_hand(pipeline: Pipeline, given: np.ndarray, seed: int, *, first_block: int = 0) -> np.ndarray:
     """The block that follows latents [f, h, w, C], with the noise of block `first_block` of a rollout."""
     noise, renoise = keyed_noise(jax.random.key(seed))
-    assert pipeline._parts._prompts is not None
-    text = pipeline._parts._prompts._known[PROMPT]
+    assert pipeline._components._prompts is not None
+    text = pipeline._components._prompts._known[PROMPT]
     text = np.pad(text, ((0, tiny_models.T2V.text_len - len(text)), (0, 0)))
-    params, made = pipeline._parts.network("transformer").load(), rollout(pipeline)
+    params, made = pipeline._components.network("transformer").load(), rollout(pipeline)
     with jax.default_matmul_precision("highest"):
         blocks = made.stream(
             params,
@@ -76,7 +76,7 @@ def by_hand(pipeline: Pipeline, given: np.ndarray, seed: int, *, first_block: in
 
 def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
     """All frames at once."""
-    runner = pipeline._parts.vae
+    runner = pipeline._components.vae
     with jax.default_matmul_precision("highest"):
         return np.asarray(runner._decode(runner.network.load(), jnp.asarray(latents)[None]))[0]
 
@@ -152,10 +152,10 @@ def test_memory_and_programs_do_not_grow_with_the_length(pipeline: Pipeline):
         if block.index == 4:
             expected = sizes
     assert counts[29] == counts[4] and sizes == expected
-    runner = pipeline._parts.vae
+    runner = pipeline._components.vae
     programs = [rollout(pipeline).block, rollout(pipeline).prepare, runner._decode_chunk]
     assert all(program._cache_size() <= 2 for program in programs)
-    assert len(pipeline._parts._streamer._rollouts) == 1  # type: ignore[union-attr]
+    assert len(pipeline._components._streamer._rollouts) == 1  # type: ignore[union-attr]
 
 
 def test_leaving_early_leaves_everything_in_order(pipeline: Pipeline, tmp_path: pathlib.Path):
@@ -228,7 +228,7 @@ def test_a_video_file_is_encoded_and_continued(pipeline: Pipeline, tmp_path: pat
     from x2v_jax.media.video import read_frames
 
     last = read_frames(tmp_path / "v.mp4")[2:].astype(np.float32) / 127.5 - 1
-    latents = np.asarray(pipeline._parts.vae.encode(last[None]))[0]
+    latents = np.asarray(pipeline._components.vae.encode(last[None]))[0]
     np.testing.assert_allclose(made.latents, by_hand(pipeline, latents[-6:], 3, first_block=3), atol=1e-4)
     with pytest.raises(UserError, match=r"v\.mp4 is 32x48 and this video would be 32x32; set height to 32 and width"):
         pipeline.stream_blocks(Request(PROMPT, width=32, num_frames=12, continue_from=tmp_path / "v.mp4"))
@@ -267,7 +267,7 @@ def test_files_of_another_model_or_size_are_refused(pipeline: Pipeline, tmp_path
 def test_an_image_is_held_for_the_first_block(pipeline: Pipeline):
     made = pipeline.generate(Request(PROMPT, seed=3, image=PICTURE, num_frames=33))
     still = np.repeat(PICTURE[None, None], 9, axis=1).astype(np.float32) / 127.5 - 1
-    latents = np.asarray(pipeline._parts.vae.encode(still))[0]
+    latents = np.asarray(pipeline._components.vae.encode(still))[0]
     np.testing.assert_allclose(made.latents[:3], latents, atol=1e-5)
     np.testing.assert_allclose(made.latents[3:6], by_hand(pipeline, latents, 3, first_block=1), atol=1e-5)
     near(made.frames, decode(pipeline, made.latents))
@@ -280,7 +280,7 @@ def test_an_image_is_held_for_the_first_block(pipeline: Pipeline):
 def test_an_image_is_one_frame_where_the_first_frame_is_a_block(first_alone: Pipeline):
     made = first_alone.generate(Request(PROMPT, seed=3, image=PICTURE, num_frames=25))
     video = PICTURE[None, None].astype(np.float32) / 127.5 - 1
-    np.testing.assert_allclose(made.latents[:1], first_alone._parts.vae.encode(video)[0], atol=1e-5)
+    np.testing.assert_allclose(made.latents[:1], first_alone._components.vae.encode(video)[0], atol=1e-5)
     assert made.frames.shape == (25, 32, 48, 3) and made.latents.shape == (7, 4, 6, 16)
     blocks = list(first_alone.stream_blocks(Request(PROMPT, seed=3, num_frames=25)))
     assert [len(block.frames) for block in blocks] == [1, 12, 12]
@@ -361,7 +361,7 @@ def test_what_is_compiled_ahead_is_what_a_stream_calls(tmp_path: pathlib.Path):
     pipeline, request = Pipeline.from_checkpoint(path), Request(PROMPT, seed=3, num_frames=21)
     names = [name for name, _ in pipeline.warm_up(request)]
     assert "block of 3 latent frames" in names and "VAE decoder, later frames" in names
-    assert not any(network.is_loaded for network in pipeline._parts.networks.values())
+    assert not any(network.is_loaded for network in pipeline._components.networks.values())
     traced: list[str] = []
 
     def note(event: str, seconds: float, **details: Any) -> None:

@@ -30,7 +30,7 @@ def test_the_predicted_weights_are_those_that_are_loaded(tmp_path: pathlib.Path)
         pipeline = Pipeline.from_checkpoint(path, dtype=dtype)
         plan = pipeline.plan(pipeline.resolve(Request("a red circle", image=picture)))
         assert set(plan.phases) == {"text", "image", "denoise", "vae"} and plan.peak == max(plan.phases.values())
-        for name, each in pipeline._parts.networks.items():
+        for name, each in pipeline._components.networks.items():
             assert plan.weights[name] == sum(leaf.nbytes for leaf in jax.tree.leaves(each.load()))
 
 

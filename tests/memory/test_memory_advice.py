@@ -14,7 +14,7 @@ from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.memory import predict
-from x2v_jax.memory.need import Needs, block_sizes
+from x2v_jax.memory.need import MemoryNeed, block_sizes
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request import Request
 from x2v_jax.request.options import RunOptions
@@ -41,7 +41,9 @@ def causal(folder: pathlib.Path) -> Pipeline:
     return Pipeline.from_checkpoint(tiny_models.write_checkpoint(folder / "c", schedule=tiny_models.CAUSAL))
 
 
-def needs(pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] | None = None, **fields: Any) -> Needs:
+def needs(
+    pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] | None = None, **fields: Any
+) -> MemoryNeed:
     """What a request needs; at full size, with the tiny weights but activations of 14B at 720P."""
     request = resolve(Request("a red circle", **fields), pipeline.checkpoint)
     configs = {name: pipeline.checkpoint.config(name) for name in ("transformer", "vae", "text_encoder")}
@@ -53,7 +55,7 @@ def needs(pipeline: Pipeline, full_size: bool = False, options: dict[str, Any] |
     blocks = None
     if isinstance(request.plan, RolloutPlan):
         blocks = block_sizes(request.plan, request.kv_cache or chosen.dtype, request.inputs.encoded_frames_from)
-    return Needs(pipeline.checkpoint, configs, latents, request.uses_guidance, True, blocks, chosen)
+    return MemoryNeed(pipeline.checkpoint, configs, latents, request.uses_guidance, True, blocks, chosen)
 
 
 def exhausted(*_: Any, **__: Any) -> Any:
@@ -61,7 +63,7 @@ def exhausted(*_: Any, **__: Any) -> Any:
 
 
 def test_a_full_device_is_explained_whatever_was_running(distilled: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    for owner, name in ((VaeRunner, "decode"), (type(distilled._parts.denoiser), "sample_step_distill")):
+    for owner, name in ((VaeRunner, "decode"), (type(distilled._components.denoiser), "sample_step_distill")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, exhausted)
             with pytest.raises(UserError) as error:
@@ -123,11 +125,11 @@ def test_a_limit_is_kept_and_a_prediction_is_only_a_warning(
 ):
     request = distilled.resolve(Request("a red circle", seed=1))
     limited = Pipeline(distilled.checkpoint, memory_limit=1e-3)
-    loaded = [part.load for part in limited._parts.networks.values()]
+    loaded = [part.load for part in limited._components.networks.values()]
     monkeypatch.setattr("x2v_jax.generate.network.Network.load", lambda self: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"memory_limit is 0.001 GB, and this video needs more: .* GB predicted"):
         limited.generate(request)
-    assert loaded and not any(part.is_loaded for part in limited._parts.networks.values())
+    assert loaded and not any(part.is_loaded for part in limited._components.networks.values())
     peak = distilled.plan(request).peak
     monkeypatch.setattr(predict, "device_bytes", lambda: peak)
     monkeypatch.setattr(predict, "device_bytes_free", lambda: peak // 2)
@@ -149,7 +151,7 @@ def test_the_plan_counts_8_bit_weights_and_blocks_on_the_host(base: Pipeline):
     elements = wan.num_layers * (8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim)
     scales = wan.num_layers * 4 * (8 * wan.dim + wan.ffn_dim + wan.dim)
     assert floats.weights["transformer"] - eight.weights["transformer"] == 2 * elements - (elements + scales)
-    network = base._parts.network("transformer")
+    network = base._components.network("transformer")
     blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(network.load()["blocks"]))
     deep = needs(base, full_size=True).plan(offload="blocks", latents=(2, 4, 6))
     assert own.plan(offload="blocks").host == blocks and deep.host == blocks

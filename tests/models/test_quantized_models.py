@@ -90,7 +90,7 @@ CASES = [
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize(("component", "config"), CASES, ids=["t2v", "i2v", "umt5", "clip"])
-def test_the_result_is_that_of_the_weights_multiplied_out(component, config, quantization):
+def test_the_result_is_that_of_the_weights_dequantized(component, config, quantization):
     eight_bit, floats = weights(component, config, quantization)
     given = inputs(component, config)
     expected = run(network(component, config, floats), *given)

@@ -148,7 +148,7 @@ def test_pictures_become_what_the_pipeline_conditions_on(tmp_path: pathlib.Path,
     checkpoint = open_checkpoint(model)
     cache.require(checkpoint)
     pipe = Pipeline(checkpoint, dtype="float32")
-    features, condition = pipe._parts.images(pictures[1], (5, 32, 48), Clock())
+    features, condition = pipe._components.images(pictures[1], (5, 32, 48), Clock())
     np.testing.assert_allclose(cache.conditions([1]), np.asarray(condition), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(cache.features([1]), np.asarray(features), rtol=1e-4, atol=1e-5)
     assert cache.conditions([0, 1]).shape == (2, 2, 4, 6, 20) and cache.captions == ["picture 0", "picture 1"]

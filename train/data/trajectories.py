@@ -157,9 +157,5 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
         raise UserError(f"the timesteps {_timesteps(values)} do not fall from at most 1000 to 0; end the list with 0")
 
 
-def _same(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) == len(other) and bool(np.allclose(one, other, rtol=0, atol=1e-5))
-
-
 def _timesteps(sigmas: Sequence[float]) -> str:
     return ", ".join(f"{1000 * float(s):.5g}" for s in sigmas)

@@ -74,7 +74,7 @@ class DmdTask(Distillation):
 
     def batch(self, role: str, step: int, phase: Any) -> Any:
         stream = 0 if self.config.share_batches else self.roles.index(role)
-        # What a whole batch shares is drawn here, so that parts of it that are worked off apart agree on it.
+        # What a whole batch shares is drawn here, so that parts of it that are computed apart agree on it.
         rng = np.random.default_rng([self.config.seed, step, self.roles.index(role)])
         if rng.random() < phase.get("continuation_share", 0.0):
             own = int(rng.random() < phase.get("own_share", 0.0))

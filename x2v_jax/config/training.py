@@ -17,7 +17,7 @@ def training_config(task: str, run_dir: str) -> ConfigDict:
             "max_grad_norm": float("inf"),  # an update with a larger gradient is left out
             "ema_decay": 0.995,
             "ema_start": 0,  # step from which the average is an average
-            "accumulate": 1,  # parts of a batch that are worked off one after the other
+            "accumulate": 1,  # parts of a batch, one after the other, whose gradients are accumulated
             "devices": 0,  # 0 for all
             "read_ahead": 2,  # steps whose batches are made while the device works
             "log_every": 50,

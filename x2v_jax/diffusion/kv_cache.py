@@ -192,7 +192,7 @@ def _read_like(q: Array) -> ReadRows:
 
 
 def _in_place(source: PyTree[Array]) -> RowsInPlace | None:
-    """All layers' rows as they are kept; what is kept in 8 bits has to be multiplied out first."""
+    """All layers' rows as they are kept; what is kept in 8 bits has to be dequantized first."""
     cache, layer = source
     if isinstance(cache.k, EightBit) or isinstance(cache.v, EightBit):
         return None

@@ -1,8 +1,8 @@
 """Videos made block by block with a cache, as long as wanted: Self-Forcing and CausVid, by one compiled function.
 
 A block is denoised as a step-distilled model is (predict x0, add noise again), while the network attends to the keys
-and values of earlier blocks; then it is shown once more, clean, and what that leaves in the cache is what later blocks
-see.
+and values of earlier blocks; then one more pass, over the clean block, leaves in the cache the keys and values that
+later blocks attend to.
 Sources: Self-Forcing pipeline/causal_inference.py, CausVid causvid/models/wan/causal_inference.py.
 """
 
@@ -39,7 +39,8 @@ class Rollout:
     """A plan for one network and size.
 
     Every block goes through the same program, `block`: positions, block numbers and the choice between denoising and
-    showing a clean block are its arguments. It is compiled once for each block length, of which there are at most two.
+    updating the cache with a clean block are its arguments. It is compiled once for each block length, of which there
+    are at most two.
 
     Args:
         graphdef: of a WanModel of `config`, text-to-video.
@@ -93,7 +94,7 @@ class Rollout:
     ) -> Iterator[Latents]:
         """Blocks of clean latents [B, f, h, w, C] float32, in order. A block may still be in the making on the device.
 
-        A block is shown to the cache only when the next one is asked for, so that it can be decoded before that.
+        The cache is updated with a block only when the next one is asked for, so that it can be decoded before that.
 
         Args:
             context: from `prepare(params, text)`, text [B, L, D].
@@ -101,9 +102,10 @@ class Rollout:
             num_frames: length of the video, the given frames included; None: until the caller stops, where the plan's
                 mode has no end.
             given: clean latents of the first blocks, e.g. of an image or of an earlier run. They are not yielded again.
-            change: asked before each new block. When it gives cross keys, the frames that the block will see are first
-                shown again under them, clean and block by block, so that the new prompt counts at once (LongLive,
-                arXiv:2509.22622). What comes then is what would come if these frames were `given` with the new prompt.
+            change: asked before each new block. When it gives cross keys, the cache is first recomputed under them from
+                the frames that the block will see, clean and block by block, so that the new prompt counts at once
+                (LongLive, arXiv:2509.22622). What comes then is what would come if these frames were `given` with the
+                new prompt.
 
         Raises:
             UserError: the plan cannot make num_frames, or `given` is not whole blocks of this size.
@@ -117,25 +119,25 @@ class Rollout:
         self, visits: "_Visits", noise: NoiseFn, renoise: RenoiseFn, steps: Iterator[BlockStep], given: Any, change: Any
     ) -> Iterator[Array]:
         latents, made = jnp.zeros(()), 0
-        shown = _Shown(self.plan) if change is not None else None
-        # How far positions in the cache are behind the plan's: not at all until frames are shown again.
+        visible = _VisibleBlocks(self.plan) if change is not None else None
+        # How far positions in the cache are behind the plan's: not at all until the cache is recomputed.
         behind = 0
         for step in steps:
             if step.seed:
-                visits.show(latents, step.start_frame, self._context_timestep(False))
+                visits.update_cache(latents, step.start_frame, self._context_timestep(False))
                 behind = 0
-                if shown is not None:
-                    shown.restart(latents)
+                if visible is not None:
+                    visible.restart(latents)
                 continue
             is_given = False
             if given is not None and made < given.shape[1]:
                 is_given = True
                 latents = jnp.asarray(given[:, made : made + step.frames], jnp.float32)
             else:
-                if change is not None and shown is not None and (context := change(made)) is not None:
+                if change is not None and visible is not None and (context := change(made)) is not None:
                     visits.context, frames = context, 0
-                    for earlier in shown.blocks:
-                        visits.show(earlier, frames, np.float32(0))
+                    for earlier in visible.blocks:
+                        visits.update_cache(earlier, frames, np.float32(0))
                         frames += earlier.shape[1]
                     behind = step.start_frame - frames
                 shape = self.shape(step.frames)
@@ -144,10 +146,10 @@ class Rollout:
                 latents = visits.denoise(start, step.start_frame - behind, added)
                 yield latents
             made += step.frames
-            if shown is not None:
-                shown.add(latents)
+            if visible is not None:
+                visible.add(latents)
             if is_given or (step.keep and self.plan.context_timestep is not None):
-                visits.show(latents, step.start_frame - behind, self._context_timestep(is_given))
+                visits.update_cache(latents, step.start_frame - behind, self._context_timestep(is_given))
 
     def no_noise(self, shape: tuple[int, ...]) -> Float[Array, "s b f h w c"]:
         """What stands for the noise between steps where none is added."""
@@ -159,7 +161,7 @@ class Rollout:
         return jnp.asarray(renoise(block, self.plan.num_steps, shape), jnp.float32)
 
     def _context_timestep(self, is_given: bool) -> np.float32:
-        """At which timestep a finished block is shown again. Frames that were given are clean, whatever the plan."""
+        """The timestep of a finished block's cache update. Frames that were given are clean, whatever the plan."""
         if is_given:
             return np.float32(0)
         if self.plan.context_timestep is None:
@@ -222,7 +224,7 @@ class _Visits:
     def denoise(self, noise: Latents, start_frame: int, added: Float[Array, "s b f h w c"]) -> Latents:
         return self._block(noise, start_frame, 0, self._rollout.plan.num_steps, added, np.float32(0))
 
-    def show(self, latents: Latents, start_frame: int, timestep: np.float32) -> None:
+    def update_cache(self, latents: Latents, start_frame: int, timestep: np.float32) -> None:
         """One pass that only leaves keys and values, of a finished block."""
         steps = self._rollout.plan.num_steps
         added = self._rollout.no_noise(latents.shape)
@@ -238,7 +240,7 @@ class _Visits:
         return latents
 
 
-class _Shown:
+class _VisibleBlocks:
     """The blocks that the next one sees, oldest first: those of the sink, and the latest that fit the window."""
 
     def __init__(self, plan: RolloutPlan):

@@ -19,10 +19,10 @@ Positions = Literal["relative", "absolute"]
 class BlockStep(NamedTuple):
     """One visit to the network's cache.
 
-    block: number of the block in the video; with `seed`, of the block that is shown again.
+    block: number of the block in the video; with `seed`, of the block whose keys and values are computed again.
     frames: how many.
     start_frame: its position in the cache and for the rotary embedding.
-    seed: whether this is the last block of the fragment before, shown to an empty cache, and gives no new frames.
+    seed: whether this is the last block of the fragment before, which refills an empty cache and gives no new frames.
     keep: whether later blocks look at this one.
     """
 
@@ -47,9 +47,9 @@ class RolloutPlan:
         sink: "sliding" only: so many first frames stay visible.
         positions: "sliding" with a sink only: whether the sink keeps its position, and with it a distance that grows
             beyond what was trained ("absolute", as published), or follows the window ("relative").
-        context_timestep: after its last step a block is shown to the network once more at this timestep, so that later
-            blocks see it clean. No noise is added, at no timestep. None: the keys of the last step stay, noisy as they
-            are (LightX2V).
+        context_timestep: after its last step the cache is updated by one more pass over the block at this timestep, so
+            that later blocks see it clean. No noise is added, at no timestep. None: the keys of the last step stay,
+            noisy as they are (LightX2V).
         independent_first_frame: frame 0 is a block of its own.
     """
 

@@ -18,7 +18,7 @@ from x2v_jax.ops import support
 from x2v_jax.request.options import RunOptions
 
 
-class Parts:
+class Components:
     """What one checkpoint's videos are made with.
 
     Args:

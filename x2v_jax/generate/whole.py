@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from x2v_jax.diffusion import image_condition, unipc
-from x2v_jax.generate.components import Parts
+from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, Denoiser, Start
 from x2v_jax.generate.programs import Program
 from x2v_jax.request.inputs import Inputs
@@ -47,26 +47,26 @@ def noise(
     return np.ascontiguousarray(initial)[None], key if between is None else between
 
 
-def programs(parts: Parts, request: ResolvedRequest, plan: WholePlan, *, watched: bool) -> Iterator[Program]:
+def programs(components: Components, request: ResolvedRequest, plan: WholePlan, *, watched: bool) -> Iterator[Program]:
     """What making a video compiles, but its texts' embeddings.
 
     Args:
         watched: whether there will be an on_step.
     """
     shape = (1, *request.latent_shape)
-    transformer = parts.network("transformer")
+    transformer = components.network("transformer")
     config = transformer.config
     text: Any = jax.ShapeDtypeStruct((len(request.prompts), config.text_len, config.text_dim), jnp.float32)
     conditions = Conditions(text, jax.ShapeDtypeStruct((), jnp.float32))
-    if parts.checkpoint.task == "i2v":
-        stride = parts.network("vae").config.spatial_stride
-        for program in parts.images.programs((request.num_frames, shape[2] * stride, shape[3] * stride)):
+    if components.checkpoint.task == "i2v":
+        stride = components.network("vae").config.spatial_stride
+        for program in components.images.programs((request.num_frames, shape[2] * stride, shape[3] * stride)):
             yield program
             made = jax.eval_shape(lambda *a, p=program: p.function(*a, **(p.static or {})), *program.arguments)
             name = "image_features" if program.name == "image encoder" else "image_latents"
             conditions = conditions._replace(**{name: made})
-    yield from parts.denoiser.programs(transformer.shapes, conditions, shape, schedule(plan), watched=watched)
+    yield from components.denoiser.programs(transformer.shapes, conditions, shape, schedule(plan), watched=watched)
     if request.pin_first_frame and conditions.image_latents is not None:
         latents = jax.ShapeDtypeStruct(shape, jnp.float32)
         yield Program("first frame", pin_first_frame, (latents, conditions.image_latents))
-    yield from parts.vae.programs(shape)
+    yield from components.vae.programs(shape)

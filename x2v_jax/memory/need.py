@@ -16,7 +16,7 @@ _SHORT = 5  # latent frames: 17 frames
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class MemoryNeed:
     """What a video takes of the device.
 
     latents: frames, height and width.

@@ -6,7 +6,7 @@ programs (`tests/memory/test_memory.py` holds the prediction against such report
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
@@ -185,10 +185,10 @@ def plan(
         resident = base | kept | transformer | vae | {"keys and values": kv_cache_bytes(wan, latents, blocks)}
         frames = vae_memory.decoder_cache_bytes(vae_config, latents, vae_size)
         parts["denoise"] = resident | {"activations": own, "decoder's frames": frames}
-        shown = (2, *latents[1:])
-        method = vae_memory.decode_method(vae_config, shown, _less(available, resident), vae_size)
+        decoded = (2, *latents[1:])
+        method = vae_memory.decode_method(vae_config, decoded, _less(available, resident), vae_size)
         method = "tiled" if "tiled" in (vae_decode, method if vae_decode == "auto" else "") else "stream"
-        decode = vae_memory.decode_bytes(vae_config, shown, method, vae_size)
+        decode = vae_memory.decode_bytes(vae_config, decoded, method, vae_size)
         parts["vae"] = resident | {"activations": decode, "decoder's frames": frames}
     else:
         batch = 2 if guided and not sequential_guidance else 1
@@ -220,11 +220,6 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: 
         else:
             total += math.prod(shape) * itemsize
     return total
-
-
-def is_quantized(tensors: Iterable[Any]) -> bool:
-    """Whether some of a component's tensors are 8-bit."""
-    return any(np.dtype(tensor.dtype) in _EIGHT_BIT for tensor in tensors)
 
 
 def denoise_bytes(

@@ -146,7 +146,7 @@ class CausalSchedule(_FromDict):
     """How a causal checkpoint goes from block to block. Counts are of latent frames; see `rollout_plan.RolloutPlan`.
 
     block: frames made together. window: the trained horizon, and what the cache holds. mode: how a longer video is made
-    unless the request says otherwise. context_timestep: at which a finished block is shown again; None for not at all.
+    unless the request says otherwise. context_timestep: of a finished block's cache update; None for no update.
     """
 
     block: int = 3

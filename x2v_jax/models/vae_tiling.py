@@ -1,35 +1,17 @@
-"""Decoding in spatial tiles and temporal chunks, so that memory does not grow with the size of the video.
+"""Decoding in spatial tiles, so that memory does not grow with the size of the picture.
 
-In time the result is exact: the VAE is causal and its cache is carried. In space it is not: tiles overlap and are
-blended linearly, as in the published code (Wan2.1 VAE tiling in LightX2V and diffusers: tiles of 256 pixels, 64 of
-them shared with each neighbour).
+The result is not exact: tiles overlap and are blended linearly, as in the published code (Wan2.1 VAE tiling in LightX2V
+and diffusers: tiles of 256 pixels, 64 of them shared with each neighbour).
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-DecodeChunk = Callable[[Any, Any], tuple[Any, Any]]
-
 TILE = 32  # latents: 256 pixels
 OVERLAP = 8  # latents: 64 pixels
-
-
-def decode_in_chunks(decode_chunk: DecodeChunk, latents: np.ndarray, frames_per_chunk: int = 1) -> Iterator[np.ndarray]:
-    """Yields the video piece by piece in order: [B, 1, H, W, 3], then [B, 4 * frames_per_chunk, H, W, 3] each.
-
-    Args:
-        decode_chunk: (latents chunk, cache) -> (video chunk, cache); jit it, so that only two programs are compiled.
-        latents: [B, f, h, w, C].
-        frames_per_chunk: latent frames per call after the first; the last call may hold fewer.
-    """
-    video, cache = decode_chunk(latents[:, :1], None)
-    yield np.asarray(video)
-    for start in range(1, latents.shape[1], frames_per_chunk):
-        video, cache = decode_chunk(latents[:, start : start + frames_per_chunk], cache)
-        yield np.asarray(video)
 
 
 def decode_tiled(

@@ -82,7 +82,7 @@ class _Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], self.num_heads, -1).astype(self.dtype)
 
     @property
-    def how(self) -> dict[str, Any]:
+    def attention_options(self) -> dict[str, Any]:
         return {"implementation": self.ops.attention, "precision": self.ops.attention_precision}
 
 
@@ -95,7 +95,11 @@ class SelfAttention(_Attention):
 
     def __call__(self, x: Prepared, rope: RopeTables, spans: Sequence[Span] | None = None) -> Tokens:
         q, k, v = self.queries_keys_values(x, rope, in_8_bits=spans is None)
-        y = attention(q, k, v, **self.how) if spans is None else attention_by_spans(q, k, v, spans, **self.how)
+        y = (
+            attention(q, k, v, **self.attention_options)
+            if spans is None
+            else attention_by_spans(q, k, v, spans, **self.attention_options)
+        )
         return _without_heads(named_output(y))
 
     def with_cache(
@@ -103,7 +107,7 @@ class SelfAttention(_Attention):
     ) -> tuple[Tokens, Any]:
         q, k, v = self.queries_keys_values(x, rope)
         cache = cache.write(layer, k, v, start_frame)
-        return _without_heads(cache.attend(layer, q, end_frame, **self.how)), cache
+        return _without_heads(cache.attend(layer, q, end_frame, **self.attention_options)), cache
 
     def after(self, x: Prepared, rope: RopeTables, keys: Array, values: Array, start_row: Array) -> Tokens:
         """Attention to the first `start_row` rows of constant keys and values [B, T, H, D], and to itself."""
@@ -112,7 +116,7 @@ class SelfAttention(_Attention):
             jax.lax.dynamic_update_slice(jax.lax.stop_gradient(old).astype(new.dtype), new, (0, start_row, 0, 0))
             for old, new in ((keys, k), (values, v))
         )
-        y = attention(q, keys, values, key_length=start_row + q.shape[1], **self.how)
+        y = attention(q, keys, values, key_length=start_row + q.shape[1], **self.attention_options)
         return _without_heads(named_output(y))
 
     def queries_keys_values(
@@ -151,9 +155,9 @@ class CrossAttention(_Attention):
 
     def __call__(self, x: Prepared, keys: CrossKeys) -> Prepared:
         q = self.heads(self.norm_q(self.q(x)))
-        y, of_image = _without_heads(attention(q, keys.k, keys.v, **self.how)), None
+        y, of_image = _without_heads(attention(q, keys.k, keys.v, **self.attention_options)), None
         if keys.k_img is not None and keys.v_img is not None:
-            of_image = _without_heads(attention(q, keys.k_img, keys.v_img, **self.how))
+            of_image = _without_heads(attention(q, keys.k_img, keys.v_img, **self.attention_options))
         return jax.tree.map(named_output, self.o.prepare(y, of_image))
 
 

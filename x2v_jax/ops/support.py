@@ -70,7 +70,7 @@ def supported(ops: OpChoice, quantizations: Collection[str], device: Device) -> 
     lacks_float8 = device.capability is not None and device.capability < _FLOAT8
     if "float8_e4m3fn" in quantizations and ops.linear_activations == "8bit" and lacks_float8:
         warnings.warn(
-            f"the checkpoint's weights are float8_e4m3fn, which {where} cannot multiply: they are multiplied out to 16 "
+            f"the checkpoint's weights are float8_e4m3fn, which {where} cannot multiply: they are dequantized to 16 "
             "bits (linear_activations '16bit'); int8 weights would be faster here",
             stacklevel=3,
         )

@@ -25,7 +25,7 @@ _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Earlier:
+class EarlierVideo:
     """The end of an earlier video.
 
     tail: latents, float32 [f, h, w, C], or frames that the VAE is still to encode, uint8 [4n+1, H, W, 3].
@@ -78,7 +78,7 @@ def fingerprint(model: Model) -> str:
 
 
 def given_frames(plan: RolloutPlan, available: int, wanted: int | None) -> int:
-    """How many of the last latent frames of a video are shown to the network before the next block is made.
+    """How many of the last latent frames of a video fill the cache before the next block is made.
 
     As many whole blocks as fit the window beside a new one. Mode "full" must have room for all `wanted` new frames, and
     "fragments" goes on as it does from one fragment to the next, with one block.
@@ -104,7 +104,7 @@ def read(
     expected: Mapping[str, str],
     *,
     allow_mismatch: bool = False,
-) -> Earlier:
+) -> EarlierVideo:
     """The end of an earlier video, as much of it as can matter.
 
     Args:
@@ -129,7 +129,9 @@ def read(
     return earlier
 
 
-def _from_latents(path: File, count: int, vae: VaeConfig, expected: Mapping[str, str], allow_mismatch: bool) -> Earlier:
+def _from_latents(
+    path: File, count: int, vae: VaeConfig, expected: Mapping[str, str], allow_mismatch: bool
+) -> EarlierVideo:
     try:
         found, tensors = read_metadata(path), read_safetensors(path)
     except UserError as error:
@@ -155,7 +157,7 @@ def _from_latents(path: File, count: int, vae: VaeConfig, expected: Mapping[str,
     tail = np.ascontiguousarray(np.concatenate([part[-count:] for part in parts])[-count:], np.float32)
     if not np.isfinite(tail).all():
         raise UserError(f"continue_from: {path} holds NaN or infinity; give another file")
-    return Earlier(tail, len(tail), int(found["blocks"]))
+    return EarlierVideo(tail, len(tail), int(found["blocks"]))
 
 
 def _channels_last(path: object, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -169,7 +171,9 @@ def _channels_last(path: object, name: str, tensor: LazyTensor, shape: tuple[int
     return np.moveaxis(tensor.read(), 0, -1)
 
 
-def _from_video(path: object, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]) -> Earlier:
+def _from_video(
+    path: object, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]
+) -> EarlierVideo:
     stride = vae.temporal_stride
     frames, total = _last_frames(path, stride * (count - 1) + 1)
     height, width = frames.shape[1:3]
@@ -181,7 +185,7 @@ def _from_video(path: object, count: int, plan: RolloutPlan, vae: VaeConfig, exp
     latents = (len(frames) - 1) // stride + 1
     # Counted from the end, so that the frames fall into the latent frames that they came from.
     frames = frames[len(frames) - (stride * (latents - 1) + 1) :]
-    return Earlier(frames, latents, ((total - 1) // stride + 1) // plan.block)
+    return EarlierVideo(frames, latents, ((total - 1) // stride + 1) // plan.block)
 
 
 def _last_frames(path: File, count: int) -> tuple[np.ndarray, int]:

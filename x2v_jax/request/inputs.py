@@ -64,7 +64,7 @@ class BlockInputs:
     plan: RolloutPlan
     latent_size: tuple[int, int]
     picture: UInt8[np.ndarray, "H W 3"] | None
-    earlier: earlier_video.Earlier | None
+    earlier: earlier_video.EarlierVideo | None
     given: int
     num_frames: int | None
     noise: BlockNoise | None
@@ -191,7 +191,7 @@ class Inputs:
             return self._files.once(self._image, ("fitted", height, width), lambda: fit(self.picture(), height, width))
         return fit(self.picture(), height, width)
 
-    def _opened_earlier(self, path: File, plan: RolloutPlan, header: dict[str, str]) -> earlier_video.Earlier:
+    def _opened_earlier(self, path: File, plan: RolloutPlan, header: dict[str, str]) -> earlier_video.EarlierVideo:
         form = ("earlier", plan, tuple(header.items()), self._allow_mismatch)
         vae, anyway = self._model.config("vae"), self._allow_mismatch
         return self._files.once(path, form, lambda: earlier_video.read(path, plan, vae, header, allow_mismatch=anyway))

@@ -25,7 +25,7 @@ from small_checkpoints import (
     save_json,
 )
 
-from x2v_jax.checkpoint.conversion.convert import Options, convert
+from x2v_jax.checkpoint.conversion.convert import ConversionOptions, convert
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
@@ -58,7 +58,7 @@ def assert_same(found, wanted):
 def transformer_of(path, tensors, destination, **options):
     save(path, tensors)
     options.setdefault("settings", CONFIG)
-    notes = convert(path, destination, Options(**options))
+    notes = convert(path, destination, ConversionOptions(**options))
     return open_checkpoint(destination), notes
 
 
@@ -83,7 +83,7 @@ def test_every_network_of_a_folder_is_converted_bit_exactly(tmp_path, make, imag
 
 def test_provenance_names_every_source_file_with_its_hash(tmp_path):
     official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "out", Options(command="python -m convert wan src out"))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(command="python -m convert wan src out"))
     provenance = open_checkpoint(tmp_path / "out").model["provenance"]
     files = {entry["file"]: entry for entry in provenance["sources"]}
     assert set(files) == {
@@ -114,7 +114,7 @@ def test_a_variant_brings_its_schedule(tmp_path, file, variant, steps, warp):
     save(tmp_path / "src" / file, other)
     with pytest.raises(UserError, match="say which with --variant"):
         convert(tmp_path / "src", tmp_path / "out")
-    convert(tmp_path / "src", tmp_path / "out", Options(variant=variant))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(variant=variant))
     native = open_checkpoint(tmp_path / "out")
     assert native.variant == variant
     schedule = native.schedule
@@ -134,7 +134,7 @@ def test_per_block_and_part_files(tmp_path):
     keys = sorted(TRANSFORMER)
     for i in range(3):
         save(tmp_path / f"src/model_part{i}.safetensors", {key: TRANSFORMER[key] for key in keys[i::3]})
-    convert(tmp_path / "src", tmp_path / "out", Options(settings=CONFIG))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(settings=CONFIG))
     assert_same(parameters(open_checkpoint(tmp_path / "out"), "transformer"), expected("transformer", TRANSFORMER))
 
 
@@ -154,7 +154,7 @@ def quantized(tensors, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_8_bit_files_are_multiplied_out_with_unrounded_scales(tmp_path, kind):
+def test_8_bit_files_are_dequantized_with_unrounded_scales(tmp_path, kind):
     stored = quantized(TRANSFORMER, kind)
     save_json(tmp_path / "src/config.json", official_config(CONFIGS["transformer"]))
     for i in range(3):
@@ -163,7 +163,7 @@ def test_8_bit_files_are_multiplied_out_with_unrounded_scales(tmp_path, kind):
     rest = {key: value for key, value in stored.items() if not key.startswith("blocks.")}
     save(tmp_path / f"src/{kind}/non_block.safetensors", rest)
     for dtype in ("keep", "float32"):
-        notes = convert(tmp_path / "src", tmp_path / dtype, Options(dtype=dtype, quantize="none"))
+        notes = convert(tmp_path / "src", tmp_path / dtype, ConversionOptions(dtype=dtype, quantize="none"))
         assert any("8-bit weights" in note and "scales" in note for note in notes)
         found = parameters(open_checkpoint(tmp_path / dtype), "transformer")
         exact = {}
@@ -177,7 +177,7 @@ def test_8_bit_files_are_multiplied_out_with_unrounded_scales(tmp_path, kind):
 
 def test_scales_of_blocks_and_of_whole_tensors(tmp_path):
     from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-    from x2v_jax.checkpoint.published.read import Kind, RawTensors, to_official
+    from x2v_jax.checkpoint.published.read import KeyConvention, RawTensors, to_official
 
     def lazy(array):
         return LazyTensor(array.shape, array.dtype, lambda: array)
@@ -187,13 +187,13 @@ def test_scales_of_blocks_and_of_whole_tensors(tmp_path):
     blocks = rng.random((2, 2)).astype(np.float32)
     key = "blocks.0.ffn.0.weight"
     for name, scale in ((f"{key}_scale", blocks), ("blocks.0.ffn.0.scale_weight", np.array([0.5], np.float32))):
-        found = to_official(RawTensors({key: lazy(weight), name: lazy(scale)}), Kind("transformer"))
+        found = to_official(RawTensors({key: lazy(weight), name: lazy(scale)}), KeyConvention("transformer"))
         factor = blocks.repeat(128, 0)[:200].repeat(128, 1)[:, :130] if scale is blocks else scale
         assert np.array_equal(found.tensors[key].read(), weight.astype(np.float32) * factor)
         assert found.origin[key] == (key, name)
-    wrong = to_official(RawTensors({key: lazy(weight), f"{key}_scale": lazy(blocks[0])}), Kind("transformer"))
+    wrong = to_official(RawTensors({key: lazy(weight), f"{key}_scale": lazy(blocks[0])}), KeyConvention("transformer"))
     assert "its scale [2]" in wrong.problems[0]
-    alone = to_official(RawTensors({key: lazy(weight)}), Kind("transformer"))
+    alone = to_official(RawTensors({key: lazy(weight)}), KeyConvention("transformer"))
     assert "is int8 and blocks.0.ffn.0.weight_scale is missing" in alone.problems[0]
 
 
@@ -267,19 +267,19 @@ def test_nan_and_infinity_are_named_and_refused(tmp_path):
 
 def test_one_component_alone(tmp_path):
     made = official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "out", Options(components=("vae",)))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(components=("vae",)))
     native = open_checkpoint(tmp_path / "out")
     assert native.components == ("vae",) and native.task is None
     assert_same(parameters(native, "vae"), expected("vae", made["vae"]))
     with pytest.raises(UserError, match=r"--component image_encoder: .* holds none"):
-        convert(tmp_path / "src", tmp_path / "o2", Options(components=("image_encoder",)))
+        convert(tmp_path / "src", tmp_path / "o2", ConversionOptions(components=("image_encoder",)))
 
 
 def test_encoders_and_vae_are_shared_with_another_checkpoint(tmp_path):
     made = official_folder(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "base")
     save(tmp_path / "distill_model.safetensors", TRANSFORMER)
-    options = Options(reuse=str(tmp_path / "base"), settings=CONFIG)
+    options = ConversionOptions(reuse=str(tmp_path / "base"), settings=CONFIG)
     notes = convert(tmp_path / "distill_model.safetensors", tmp_path / "fast", options)
     assert not any("missing" in note for note in notes)
     native = open_checkpoint(tmp_path / "fast")
@@ -333,7 +333,7 @@ def test_a_lora_without_a_transformer(tmp_path):
     official_folder(tmp_path / "src")
     path = save(tmp_path / "l.safetensors", {"blocks.0.ffn.0.lora_A.weight": np.ones((2, 24), np.float32)})
     with pytest.raises(UserError, match="--lora: no transformer is converted"):
-        convert(tmp_path / "src", tmp_path / "out", Options(components=("vae",), loras=((str(path), 1.0),)))
+        convert(tmp_path / "src", tmp_path / "out", ConversionOptions(components=("vae",), loras=((str(path), 1.0),)))
 
 
 @pytest.mark.parametrize(
@@ -389,9 +389,9 @@ def test_progress_reaches_the_total(tmp_path):
 def test_what_is_read_or_referred_to_is_never_replaced(tmp_path):
     official_folder(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "whole")
-    convert(tmp_path / "whole", tmp_path / "part", Options(dtype="bfloat16", reuse=str(tmp_path / "whole")))
+    convert(tmp_path / "whole", tmp_path / "part", ConversionOptions(dtype="bfloat16", reuse=str(tmp_path / "whole")))
     before = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    again = Options(dtype="float32", overwrite=True)
+    again = ConversionOptions(dtype="float32", overwrite=True)
     for source, destination, options in (
         ("whole", "whole", again),
         ("part", "part", again),
@@ -401,11 +401,11 @@ def test_what_is_read_or_referred_to_is_never_replaced(tmp_path):
     ):
         with pytest.raises(UserError, match=r"which is read for|that the result would refer to"):
             convert(tmp_path / source, tmp_path / destination, options)
-    only = Options(components=("transformer",), overwrite=True)
+    only = ConversionOptions(components=("transformer",), overwrite=True)
     with pytest.raises(UserError, match=r"part takes its \w+ from .*whole, and the result would have none"):
         convert(tmp_path / "src", tmp_path / "whole", only)
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == before
-    convert(tmp_path / "src", tmp_path / "whole", Options(overwrite=True))  # has all that it had
+    convert(tmp_path / "src", tmp_path / "whole", ConversionOptions(overwrite=True))  # has all that it had
     open_checkpoint(tmp_path / "part").tensors("vae")
 
 

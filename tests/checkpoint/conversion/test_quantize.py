@@ -23,7 +23,7 @@ from x2v_jax.checkpoint.conversion import stream
 from x2v_jax.checkpoint.conversion.compare import against_notes
 from x2v_jax.checkpoint.conversion.convert import convert
 from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.quantization_report import quantization_report, summary
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.files.torch_reader import read_torch_file
@@ -142,7 +142,7 @@ def test_quantizing_a_published_folder(tmp_path, word):
     notes = convert(
         tmp_path / "src",
         tmp_path / "out",
-        Options(quantize=word, quantize_components=everything),
+        ConversionOptions(quantize=word, quantize_components=everything),
         lambda done, total: seen.append((done, total)),
     )
     assert seen[-1][0] == seen[-1][1] and len(seen) > 100  # a layer at a time
@@ -155,7 +155,7 @@ def test_quantizing_a_published_folder(tmp_path, word):
     for component in everything:
         config = I2V if component == "transformer" else CONFIGS[component]
         assert_holds(native, component, lightx2v(made[component], word), config)
-    only = convert(tmp_path / "src", tmp_path / "only", Options(quantize=word, dtype="bfloat16"))
+    only = convert(tmp_path / "src", tmp_path / "only", ConversionOptions(quantize=word, dtype="bfloat16"))
     assert any("matrices become" in note for note in only)
     tensors = open_checkpoint(tmp_path / "only").tensors("transformer")
     assert tensors["blocks.ffn.linear_1.bias"].dtype == BF16
@@ -248,7 +248,7 @@ def test_one_scale_a_matrix_is_repeated_for_its_rows(tmp_path):
         assert same_bits(first, stored["blocks.0.ffn.0.weight"])
 
 
-def test_scales_by_blocks_are_multiplied_out_by_name(tmp_path):
+def test_scales_by_blocks_are_dequantized_by_name(tmp_path):
     stored = lightx2v(TRANSFORMER, "fp8")
     stored |= {key: np.ones((1, 1), np.float32) for key in stored if key.endswith("_scale") and ".ffn.0." in key}
     key = "blocks.0.ffn.0.weight"
@@ -259,19 +259,21 @@ def test_scales_by_blocks_are_multiplied_out_by_name(tmp_path):
     assert any("cannot be run as they are" in note for note in notes)
     assert open_checkpoint(tmp_path / "out").quantization("transformer") is None
     with pytest.raises(UserError, match="is 8-bit in another way already"):
-        convert(tmp_path / "src", tmp_path / "no", Options(quantize="fp8"))
+        convert(tmp_path / "src", tmp_path / "no", ConversionOptions(quantize="fp8"))
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_native_checkpoint_to_8_bits_and_out_of_them(tmp_path, word):
     made = official_folder(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "native")
-    convert(tmp_path / "native", tmp_path / "out", Options(quantize=word, reuse=str(tmp_path / "native")))
+    convert(tmp_path / "native", tmp_path / "out", ConversionOptions(quantize=word, reuse=str(tmp_path / "native")))
     native = open_checkpoint(tmp_path / "out")
     assert_holds(native, "transformer", lightx2v(made["transformer"], word))
     assert native.model["components"]["vae"] == {"reference": "../native"}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.json", "transformer.safetensors"]
-    convert(tmp_path / "native", tmp_path / "whole", Options(quantize=word, quantize_components=("text_encoder",)))
+    convert(
+        tmp_path / "native", tmp_path / "whole", ConversionOptions(quantize=word, quantize_components=("text_encoder",))
+    )
     whole = open_checkpoint(tmp_path / "whole")
     assert (whole.quantization("text_encoder"), whole.quantization("transformer")) == (WORDS[word], None)
     assert whole.tokenizer_file() == tmp_path / "whole/tokenizer.json"
@@ -279,11 +281,11 @@ def test_a_native_checkpoint_to_8_bits_and_out_of_them(tmp_path, word):
         old = open_checkpoint(tmp_path / "native").tensors(component)
         assert all(same_bits(tensor, old[name]) for name, tensor in whole.tensors(component).items())
     # A referenced network goes on being referenced, and takes its quantization from where it is.
-    convert(tmp_path / "out", tmp_path / "third", Options(dtype="bfloat16"))
+    convert(tmp_path / "out", tmp_path / "third", ConversionOptions(dtype="bfloat16"))
     third = open_checkpoint(tmp_path / "third")
     assert third.quantization("transformer") == WORDS[word]
     assert third.model["components"]["text_encoder"] == {"reference": "../native"}
-    convert(tmp_path / "out", tmp_path / "floats", Options(quantize="none", dtype="float32"))
+    convert(tmp_path / "out", tmp_path / "floats", ConversionOptions(quantize="none", dtype="float32"))
     floats = open_checkpoint(tmp_path / "floats")
     assert floats.model["quantization"] is None
     stored = lightx2v(made["transformer"], word)
@@ -314,8 +316,8 @@ def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_
     quantized_source(tmp_path / "src", word)
     changes = lora_file(tmp_path / "l.safetensors", ["blocks.1.ffn.0", "blocks.2.self_attn.q", "head.head"])
     path = str(tmp_path / "l.safetensors")
-    notes = convert(tmp_path / "src", tmp_path / "out", Options(loras=((path, 0.5),)))
-    said = f"2 of the changed matrices are {WORDS[word]}: they are multiplied out, merged in float32 and rounded"
+    notes = convert(tmp_path / "src", tmp_path / "out", ConversionOptions(loras=((path, 0.5),)))
+    said = f"2 of the changed matrices are {WORDS[word]}: they are dequantized, merged in float32 and rounded"
     assert any(said in note for note in notes)
     assert f"transformer: 28 matrices are {WORDS[word]} and stay so, bit for bit" in notes
     stored = lightx2v(TRANSFORMER, word)
@@ -346,12 +348,12 @@ def test_a_lora_is_merged_into_what_the_weights_stand_for_and_rounded_again(tmp_
         assert all(same_bits(read[name], tensors[name]) for name in parts)
     _, report = merge_into_native(base.tensors("transformer"), [(LoraFile.open(path), 0.0)], floats)
     assert not report.notes
-    again = convert(tmp_path / "base", tmp_path / "merged", Options(loras=((path, 0.5),)))
+    again = convert(tmp_path / "base", tmp_path / "merged", ConversionOptions(loras=((path, 0.5),)))
     assert any(said in note for note in again)
     merged = open_checkpoint(tmp_path / "merged")
     assert all(same_bits(t, tensors[name]) for name, t in merged.tensors("transformer").items())
     assert [entry["strength"] for entry in merged.model["provenance"]["loras"]] == [0.5]
-    twice = convert(tmp_path / "merged", tmp_path / "twice", Options(loras=((path, -0.5),), quantize="none"))
+    twice = convert(tmp_path / "merged", tmp_path / "twice", ConversionOptions(loras=((path, -0.5),), quantize="none"))
     assert not any(said in note for note in twice)
     assert [e["strength"] for e in open_checkpoint(tmp_path / "twice").model["provenance"]["loras"]] == [0.5, -0.5]
 
@@ -360,7 +362,7 @@ def test_a_lora_before_quantizing_is_rounded_once(tmp_path):
     save_json(tmp_path / "src/config.json", official_config(CONFIGS["transformer"]))
     save(tmp_path / "src/diffusion_pytorch_model.safetensors", TRANSFORMER)
     changes = lora_file(tmp_path / "l.safetensors", ["blocks.0.ffn.2"])
-    options = Options(loras=((str(tmp_path / "l.safetensors"), 1.0),), quantize="int8")
+    options = ConversionOptions(loras=((str(tmp_path / "l.safetensors"), 1.0),), quantize="int8")
     notes = convert(tmp_path / "src", tmp_path / "out", options)
     assert not any("rounded to int8 again" in note for note in notes)
     key = "blocks.0.ffn.2.weight"
@@ -373,7 +375,7 @@ def test_a_lora_before_quantizing_is_rounded_once(tmp_path):
 @pytest.mark.parametrize("word", WORDS)
 def test_inspect_tells_the_error_of_each_matrix(tmp_path, word):
     official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "out", Options(quantize=word))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize=word))
     found = inspect(tmp_path / "out")
     assert found.networks[0].quantization == WORDS[word]
     assert found.networks[0].parameters == wan.parameter_count("transformer", CONFIGS["transformer"])
@@ -405,7 +407,7 @@ def test_errors_against_another_model_are_refused_or_told(tmp_path):
     """i2v has all matrices of t2v, and another model of the same sizes has them all."""
     official_folder(tmp_path / "src")
     official_folder(tmp_path / "i2v", image=True)
-    convert(tmp_path / "src", tmp_path / "out", Options(quantize="int8"))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize="int8"))
     with pytest.raises(UserError, match=r"--against .*i2v: its transformer is of .*model_type is 'i2v' there"):
         list(quantization_report(tmp_path / "out", tmp_path / "i2v"))
     assert not list(against_notes(tmp_path / "out", tmp_path / "src"))
@@ -480,10 +482,10 @@ def test_what_is_8_bit_already_is_not_rounded_to_another_type(tmp_path, word, ot
     quantized_source(tmp_path / "src", word)
     message = f"--quantize {other}: the transformer of .* is {WORDS[word]} already, and rounding it again loses more"
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "src", tmp_path / "out", Options(quantize=other))
-    convert(tmp_path / "src", tmp_path / "out", Options(quantize=word))
+        convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize=other))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize=word))
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "out", tmp_path / "no", Options(quantize=other))
+        convert(tmp_path / "out", tmp_path / "no", ConversionOptions(quantize=other))
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -494,18 +496,24 @@ def test_nan_in_the_source_is_refused_by_name(tmp_path, word, value):
     save_json(tmp_path / "src/config.json", official_config(CONFIGS["transformer"]))
     save(tmp_path / "src/diffusion_pytorch_model.safetensors", broken)
     with pytest.raises(UserError, match=r"blocks\.2\.cross_attn\.v\.weight holds NaN or infinity, which"):
-        convert(tmp_path / "src", tmp_path / "out", Options(quantize=word, allow_nonfinite=True))
+        convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize=word, allow_nonfinite=True))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(quantize="int4"), "--quantize int4: give one of keep, none, int8, fp8"),
-        (Options(quantize_components=("text_encoder",)), "say with --quantize int8 or fp8"),
-        (Options(quantize="int8", quantize_components=("vae",)), "--quantize-component vae: give one of transformer"),
-        (Options(quantize="int8", quantize_components=("image_encoder",)), "no image_encoder is converted here"),
-        (Options(quantize="int8", components=("vae",)), "--quantize int8: no transformer is converted here"),
+        (ConversionOptions(quantize="int4"), "--quantize int4: give one of keep, none, int8, fp8"),
+        (ConversionOptions(quantize_components=("text_encoder",)), "say with --quantize int8 or fp8"),
+        (
+            ConversionOptions(quantize="int8", quantize_components=("vae",)),
+            "--quantize-component vae: give one of transformer",
+        ),
+        (
+            ConversionOptions(quantize="int8", quantize_components=("image_encoder",)),
+            "no image_encoder is converted here",
+        ),
+        (ConversionOptions(quantize="int8", components=("vae",)), "--quantize int8: no transformer is converted here"),
     ],
 )
 def test_options_that_do_not_make_sense(tmp_path, options, message):
@@ -517,10 +525,13 @@ def test_options_that_do_not_make_sense(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(), "is converted already; run it with .* or say what to change with --quantize"),
-        (Options(quantize="int8", variant="distill"), "--variant: .* is converted already and says what it is"),
-        (Options(quantize="int8", settings={"vae": {"z_dim": 8}}), "--set: .* is converted already"),
-        (Options(quantize="int8", components=("image_encoder",)), "--component image_encoder: .* has none"),
+        (ConversionOptions(), "is converted already; run it with .* or say what to change with --quantize"),
+        (
+            ConversionOptions(quantize="int8", variant="distill"),
+            "--variant: .* is converted already and says what it is",
+        ),
+        (ConversionOptions(quantize="int8", settings={"vae": {"z_dim": 8}}), "--set: .* is converted already"),
+        (ConversionOptions(quantize="int8", components=("image_encoder",)), "--component image_encoder: .* has none"),
     ],
 )
 def test_options_that_a_native_source_does_not_take(tmp_path, options, message):
@@ -537,7 +548,7 @@ def edited(folder, **changes):
 
 def test_a_model_json_that_contradicts_its_files(tmp_path):
     official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "out", Options(quantize="int8"))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize="int8"))
     with pytest.raises(UserError, match=r"blocks\.ffn\.linear_1\.kernel is missing; .*convert the checkpoint again"):
         edited(tmp_path / "out", quantization=None).tensors("transformer")
     with pytest.raises(UserError, match=r"is int8, and by model\.json it is float8_e4m3fn"):
@@ -549,7 +560,7 @@ def test_a_model_json_that_contradicts_its_files(tmp_path):
 
 def test_training_asks_for_floats_and_says_so(tmp_path):
     official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "out", Options(quantize="int8"))
+    convert(tmp_path / "src", tmp_path / "out", ConversionOptions(quantize="int8"))
     native = open_checkpoint(tmp_path / "out")
     with pytest.raises(UserError, match="the transformer is int8, and floats are needed here"):
         native.load("transformer", "float32")
@@ -565,7 +576,7 @@ def test_memory_stays_at_a_layer(tmp_path):
     from x2v_jax.checkpoint.conversion.plan import make_plan
 
     official_folder(tmp_path / "src")
-    streams = make_plan(tmp_path / "src", Options(quantize="int8")).streams["transformer"]
+    streams = make_plan(tmp_path / "src", ConversionOptions(quantize="int8")).streams["transformer"]
     order = list(streams)
     for name in order:
         if name.endswith(".weight"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_checkpoints import CONFIGS, diffusers_folder, diffusers_names, official_folder, random_tensors, save
 
-from x2v_jax.checkpoint.conversion.convert import Options, convert
+from x2v_jax.checkpoint.conversion.convert import ConversionOptions, convert
 from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 from x2v_jax.checkpoint.native.reader import open_checkpoint
@@ -107,7 +107,7 @@ def test_what_is_exported_converts_to_the_same_files(tmp_path, layout):
 def test_lightx2v_has_its_own_place_for_each_variant(tmp_path, variant, file):
     tensors = random_tensors("transformer")
     save(tmp_path / "m.safetensors", tensors)
-    options = Options(variant=variant, settings={"transformer": {"num_heads": 2}})
+    options = ConversionOptions(variant=variant, settings={"transformer": {"num_heads": 2}})
     convert(tmp_path / "m.safetensors", tmp_path / "native", options)
     export(tmp_path / "native", tmp_path / "back", "lightx2v")
     assert_same(read(tmp_path / "back" / file), tensors)
@@ -117,7 +117,7 @@ def test_lightx2v_has_its_own_place_for_each_variant(tmp_path, variant, file):
 
 def test_lightx2v_has_no_place_for_self_forcing(tmp_path):
     save(tmp_path / "m.safetensors", random_tensors("transformer"))
-    options = Options(variant="self_forcing", settings={"transformer": {"num_heads": 2}})
+    options = ConversionOptions(variant="self_forcing", settings={"transformer": {"num_heads": 2}})
     convert(tmp_path / "m.safetensors", tmp_path / "native", options)
     with pytest.raises(UserError, match="no place for 'self_forcing' checkpoints; give --layout wan"):
         export(tmp_path / "native", tmp_path / "back", "lightx2v")
@@ -193,7 +193,7 @@ def test_latent_statistics_of_another_vae_survive_and_are_spoken_of(tmp_path, la
     config = json.loads((tmp_path / "src/vae/config.json").read_text())
     config |= {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
     (tmp_path / "src/vae/config.json").write_text(json.dumps(config))
-    convert(tmp_path / "src", tmp_path / "native", Options(components=("vae",) if alone else ()))
+    convert(tmp_path / "src", tmp_path / "native", ConversionOptions(components=("vae",) if alone else ()))
     notes = export(tmp_path / "native", tmp_path / "back", layout)
     assert any("latents_mean, latents_std" in note for note in notes) == (layout != "diffusers")
     convert(tmp_path / "back", tmp_path / "again")
@@ -205,11 +205,11 @@ def test_latent_statistics_of_another_vae_survive_and_are_spoken_of(tmp_path, la
 @pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
 def test_the_note_about_the_schedule_brings_it_back(tmp_path, layout, schedule):
     official_folder(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "native", Options(schedule=schedule))
+    convert(tmp_path / "src", tmp_path / "native", ConversionOptions(schedule=schedule))
     notes = export(tmp_path / "native", tmp_path / "back", layout)
     advice = [note.partition("convert it back with ")[2] for note in notes if "--schedule" in note]
     given = shlex.split(advice[0])[1] if advice else None
-    convert(tmp_path / "back", tmp_path / "again", Options(schedule=given))
+    convert(tmp_path / "back", tmp_path / "again", ConversionOptions(schedule=given))
     native, again = open_checkpoint(tmp_path / "native"), open_checkpoint(tmp_path / "again")
     assert (again.schedule, again.variant) == (native.schedule, native.variant)
     assert bool(advice) == (layout != "lightx2v" or schedule != "distill")

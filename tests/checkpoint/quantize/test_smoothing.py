@@ -11,10 +11,10 @@ import tiny_models
 from small_checkpoints import CONFIGS, I2V, official_folder, save
 from smooth_checkpoints import recording
 
-from convert.memory import phases
+from convert.run_memory import phases
 from x2v_jax.checkpoint.conversion.convert import convert
 from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.plan import make_plan
 from x2v_jax.checkpoint.conversion.quantization_report import quantization_report
 from x2v_jax.checkpoint.lora.extract import extract_lora
@@ -33,8 +33,8 @@ from x2v_jax.models.config import Schedule
 WORDS = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
-def options(path: pathlib.Path, word: str = "int8", **others: Any) -> Options:
-    return Options(quantize=word, smooth=str(path), **others)
+def options(path: pathlib.Path, word: str = "int8", **others: Any) -> ConversionOptions:
+    return ConversionOptions(quantize=word, smooth=str(path), **others)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_lora_is_merged_before(tmp_path, source, calibration):
     rng = np.random.default_rng(0)
     difference = rng.standard_normal((32, 32)).astype(np.float32)
     lora = save(tmp_path / "l.safetensors", {"diffusion_model.blocks.0.self_attn.k.diff": difference})
-    convert(source, tmp_path / "merged", Options(loras=((str(lora), 1.0),)))
+    convert(source, tmp_path / "merged", ConversionOptions(loras=((str(lora), 1.0),)))
     convert(tmp_path / "merged", tmp_path / "one", options(calibration.path))
     convert(source, tmp_path / "two", options(calibration.path, loras=((str(lora), 1.0),)))
     one, two = (open_checkpoint(tmp_path / name).tensors("transformer") for name in ("one", "two"))
@@ -146,9 +146,9 @@ def test_a_lora_is_merged_before(tmp_path, source, calibration):
 @pytest.mark.parametrize("word", WORDS)
 def test_multiplying_out_undoes_the_factors(tmp_path, source, calibration, word):
     convert(source, tmp_path / "smooth", options(calibration.path, word))
-    convert(source, tmp_path / "plain", Options(quantize=word))
-    convert(tmp_path / "smooth", tmp_path / "back", Options(quantize="none", dtype="float32"))
-    convert(tmp_path / "plain", tmp_path / "same", Options(quantize="none", dtype="float32"))
+    convert(source, tmp_path / "plain", ConversionOptions(quantize=word))
+    convert(tmp_path / "smooth", tmp_path / "back", ConversionOptions(quantize="none", dtype="float32"))
+    convert(tmp_path / "plain", tmp_path / "same", ConversionOptions(quantize="none", dtype="float32"))
     native = open_checkpoint(tmp_path / "back")
     assert native.model["format_version"] == 1 and native.quantization("transformer") is None
     floats, back, same = (
@@ -209,7 +209,7 @@ def test_weights_reach_the_device_and_are_counted_exactly(tmp_path, source, cali
 
 def test_older_programs_refuse(tmp_path, source, calibration, monkeypatch):
     convert(source, tmp_path / "smooth", options(calibration.path))
-    convert(source, tmp_path / "plain", Options(quantize="int8"))
+    convert(source, tmp_path / "plain", ConversionOptions(quantize="int8"))
     assert open_checkpoint(tmp_path / "plain").model["format_version"] == 2
     monkeypatch.setattr("x2v_jax.checkpoint.native.reader.FORMAT_VERSION", 2)
     with pytest.raises(UserError, match="format_version is 3, and this program reads up to 2"):
@@ -226,7 +226,7 @@ def _edited(folder: pathlib.Path, smoothing: Any, version: int = 3) -> pathlib.P
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path, source, calibration):
     convert(source, tmp_path / "smooth", options(calibration.path))
-    convert(source, tmp_path / "plain", Options(quantize="int8"))
+    convert(source, tmp_path / "plain", ConversionOptions(quantize="int8"))
     with pytest.raises(UserError, match=r"blocks\.self_attn\.smooth is missing"):
         open_checkpoint(_edited(tmp_path / "plain", 0.5)).tensors("transformer")
     with pytest.raises(UserError, match=r"blocks\.ffn\.smooth is unknown"):
@@ -256,26 +256,26 @@ def test_what_cannot_take_the_factors_is_refused(tmp_path, source, calibration):
         ({"quantize": "int8", "dtype": "float32", "quantize_components": ("text_encoder",)}, "--dtype float32"),
     ):
         with pytest.raises(UserError, match=f"^{flag}: the transformer of .* is smoothed"):
-            convert(out, tmp_path / "again", Options(**changes))
+            convert(out, tmp_path / "again", ConversionOptions(**changes))
     with pytest.raises(UserError, match=r"converted already; .* --quantize none, .*carries the transformer over"):
-        convert(out, tmp_path / "again", Options(reuse=str(source)))
-    # Multiplied out, a LoRA fits again.
-    notes = convert(out, tmp_path / "again", Options(quantize="none", loras=((str(lora), 1.0),)))
+        convert(out, tmp_path / "again", ConversionOptions(reuse=str(source)))
+    # Dequantized, a LoRA fits again.
+    notes = convert(out, tmp_path / "again", ConversionOptions(quantize="none", loras=((str(lora), 1.0),)))
     assert "transformer: the factors that it was smoothed with (alpha 0.5) are undone" in notes
     with pytest.raises(UserError, match="whose rounding the LoRA would hold too"):
         extract_lora(open_checkpoint(source), open_checkpoint(out), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="floats are needed here"):
         open_checkpoint(out).load("transformer")
     # Its other networks can still be lent, and changed by themselves.
-    convert(source, tmp_path / "lent", Options(quantize="int8", reuse=str(out)))
+    convert(source, tmp_path / "lent", ConversionOptions(quantize="int8", reuse=str(out)))
     changes: dict[str, Any] = {"quantize_components": ("text_encoder",), "components": ("text_encoder",)}
-    convert(out, tmp_path / "t", Options(quantize="int8", **changes))
+    convert(out, tmp_path / "t", ConversionOptions(quantize="int8", **changes))
     assert open_checkpoint(tmp_path / "t").quantization("text_encoder") == "int8"
 
 
 def test_where_only_others_change_it_is_carried_over_bit_for_bit(tmp_path, source, calibration):
     convert(source, tmp_path / "one", options(calibration.path, smooth_alpha=0.4))
-    changes = Options(quantize="int8", quantize_components=("text_encoder",))
+    changes = ConversionOptions(quantize="int8", quantize_components=("text_encoder",))
     notes = convert(tmp_path / "one", tmp_path / "two", changes)
     assert any("24 matrices are int8 and stay so, bit for bit" in note for note in notes)
     both = ("transformer", "text_encoder")
@@ -307,8 +307,8 @@ def test_options_that_do_not_go_together_are_refused_first(tmp_path, source, cal
         ({"smooth": path, "quantize": "int8", "components": ("vae",)}, "no transformer is converted here"),
     ):
         with pytest.raises(UserError, match=message):
-            convert(source, tmp_path / "out", Options(**changes))
-    convert(source, tmp_path / "plain", Options(quantize="int8"))
+            convert(source, tmp_path / "out", ConversionOptions(**changes))
+    convert(source, tmp_path / "plain", ConversionOptions(quantize="int8"))
     with pytest.raises(UserError, match=r"is 8-bit already, and smoothing comes before 8 bits"):
         convert(tmp_path / "plain", tmp_path / "out", options(calibration.path))
     assert not (tmp_path / "out").exists()
@@ -346,7 +346,7 @@ def test_memory_stays_at_a_layer(tmp_path):
     del components
     calibration = recording(tmp_path / "c.safetensors", config)
     peaks = []
-    for made in (Options(quantize="int8"), options(calibration.path)):
+    for made in (ConversionOptions(quantize="int8"), options(calibration.path)):
         streams = make_plan(tmp_path / "source", made).streams["transformer"]
         order = list(streams)
         assert order.index("blocks.self_attn.q.scale") == order.index("blocks.self_attn.q.weight") + 1

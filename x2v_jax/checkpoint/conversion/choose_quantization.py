@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.names.wan import QUANTIZABLE, table
-from x2v_jax.checkpoint.published.open import Opened
+from x2v_jax.checkpoint.published.open import PublishedNetwork
 from x2v_jax.checkpoint.quantize.eight_bit import WORDS
 from x2v_jax.errors import UserError
 
 
-def choose_quantization(opened: Mapping[str, Opened], options: Options) -> dict[str, str | None]:
+def choose_quantization(opened: Mapping[str, PublishedNetwork], options: ConversionOptions) -> dict[str, str | None]:
     """The 8-bit type of each network in the result, None for floats.
 
     Args:
@@ -26,10 +26,10 @@ def choose_quantization(opened: Mapping[str, Opened], options: Options) -> dict[
 
 
 def quantization_notes(
-    opened: Mapping[str, Opened],
+    opened: Mapping[str, PublishedNetwork],
     tensors: Mapping[str, Mapping[str, LazyTensor]],
     quantizations: Mapping[str, str | None],
-    options: Options,
+    options: ConversionOptions,
 ) -> Iterator[str]:
     """Sentences for the user about what becomes of 8-bit weights.
 
@@ -41,7 +41,7 @@ def quantization_notes(
         matrices = _matrices(one)
         if target is None and found.quantized:
             is_8bit = bool(found.quantized.intersection(matrices))
-            yield _multiplied_out(one, is_8bit and options.quantize != "none")
+            yield _dequantized(one, is_8bit and options.quantize != "none")
         elif target is not None and stored_quantization(one) == target:
             left = sum(tensors[name][key] is found.tensors[key] for key in matrices)
             if left:
@@ -51,7 +51,7 @@ def quantization_notes(
             yield f"{name}: {len(matrices)} matrices become {target} with a float32 scale a row"
 
 
-def _components(opened: Mapping[str, Opened], options: Options) -> tuple[str, ...]:
+def _components(opened: Mapping[str, PublishedNetwork], options: ConversionOptions) -> tuple[str, ...]:
     asked = options.quantize_components
     if options.quantize not in WORDS:
         if asked:
@@ -69,41 +69,41 @@ def _components(opened: Mapping[str, Opened], options: Options) -> tuple[str, ..
     return asked or ("transformer",)
 
 
-def stored_quantization(one: Opened) -> str | None:
+def stored_quantization(one: PublishedNetwork) -> str | None:
     """The 8-bit type that a network can be run in as it is; None where its matrices are floats, or differ."""
     kept = one.found.kept
     kinds = {kept[key].quantization if key in kept else None for key in _matrices(one)}
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _matrices(one: Opened) -> list[str]:
+def _matrices(one: PublishedNetwork) -> list[str]:
     return [k for row in table(one.source.component, one.config) if row.is_quantizable for k in row.official_keys]
 
 
-def _of(one: Opened, options: Options, wanted: bool) -> str | None:
+def _of(one: PublishedNetwork, options: ConversionOptions, wanted: bool) -> str | None:
     component, found = one.source.component, one.found
     stored = stored_quantization(one)
     target = WORDS[options.quantize] if wanted else None if options.quantize == "none" else stored
     if wanted and found.quantized.intersection(_matrices(one)) and stored != target:
-        how, where = stored or "8-bit in another way", one.source.location
+        stored_as, where = stored or "8-bit in another way", one.source.location
         raise UserError(
-            f"--quantize {options.quantize}: the {component} of {where} is {how} already, and rounding it again "
+            f"--quantize {options.quantize}: the {component} of {where} is {stored_as} already, and rounding it again "
             "loses more; give the 16- or 32-bit weights, or --quantize keep or none"
         )
     return target
 
 
-def _multiplied_out(one: Opened, cannot_stay: bool) -> str:
+def _dequantized(one: PublishedNetwork, cannot_stay: bool) -> str:
     why = ""
     if cannot_stay:
         why = ", as they cannot be run as they are (not all matrices of the blocks are int8 or float8_e4m3fn by rows)"
     return (
-        f"{one.source.component}: {len(one.found.quantized)} 8-bit weights of {one.source.location} are multiplied out "
+        f"{one.source.component}: {len(one.found.quantized)} 8-bit weights of {one.source.location} are dequantized "
         f"with their scales{why}; what 8 bits lost stays lost, so prefer the 16-bit files where you have them"
     )
 
 
-def _rounded_scales(one: Opened, matrices: list[str]) -> list[str]:
+def _rounded_scales(one: PublishedNetwork, matrices: list[str]) -> list[str]:
     kept = [one.found.kept[key] for key in matrices]
     types = sorted({m.scale_dtype for m in kept if m.scale_dtype not in (None, "float32", "float64")})
     if not types:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.published.open import Opened
+from x2v_jax.checkpoint.published.open import PublishedNetwork
 from x2v_jax.checkpoint.quantize.calibration import Calibration, read_calibration
 from x2v_jax.checkpoint.quantize.smoothing import ALPHA, Smoother, check_alpha
 from x2v_jax.errors import UserError
 
 
-def check_smoothing(options: Options) -> None:
+def check_smoothing(options: ConversionOptions) -> None:
     """Raises a UserError where options contradict each other, before any file is opened."""
     if options.smooth is None:
         if options.smooth_alpha is not None:
@@ -28,10 +28,10 @@ def check_smoothing(options: Options) -> None:
 
 
 def choose_smoothing(
-    opened: Mapping[str, Opened],
+    opened: Mapping[str, PublishedNetwork],
     tensors: Mapping[str, Mapping[str, LazyTensor]],
     quantizations: Mapping[str, str | None],
-    options: Options,
+    options: ConversionOptions,
     notes: list[str],
 ) -> tuple[Smoother | None, Calibration | None]:
     """What smooths the transformer, and the recording that it goes by.

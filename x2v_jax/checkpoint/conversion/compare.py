@@ -8,8 +8,8 @@ from typing import Any
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.names.wan import QUANTIZABLE
 from x2v_jax.checkpoint.native.reader import open_checkpoint
-from x2v_jax.checkpoint.published.layouts import Source, recognise
-from x2v_jax.checkpoint.published.open import Opened, open_native, open_source
+from x2v_jax.checkpoint.published.layouts import NetworkFiles, recognise
+from x2v_jax.checkpoint.published.open import PublishedNetwork, open_native, open_source
 from x2v_jax.checkpoint.published.select import select
 from x2v_jax.errors import UserError
 
@@ -22,7 +22,7 @@ _SIZES = (
 _SOON_HASHED = 64 << 20
 
 
-def open_networks(path: str | pathlib.Path, variant: str | None = None) -> dict[str, Opened]:
+def open_networks(path: str | pathlib.Path, variant: str | None = None) -> dict[str, PublishedNetwork]:
     """The networks of a checkpoint in any layout that can be 8-bit, by component.
 
     Args:
@@ -36,19 +36,19 @@ def open_networks(path: str | pathlib.Path, variant: str | None = None) -> dict[
         native = open_checkpoint(layout.path)
         return {name: open_native(native, name) for name in QUANTIZABLE if native.has(name)}
     chosen = variant if len(layout.variants) > 1 and variant in layout.variants else None
-    sources: dict[str, Source] = {
+    sources: dict[str, NetworkFiles] = {
         name: source for name, source in select(layout, chosen, ()).items() if name in QUANTIZABLE
     }
     return {name: open_source(source)[0] for name, source in sources.items()}
 
 
-def variant_of(networks: Mapping[str, Opened]) -> str | None:
+def variant_of(networks: Mapping[str, PublishedNetwork]) -> str | None:
     """Of the transformer among them; None where nothing tells it."""
     return networks["transformer"].source.variant if "transformer" in networks else None
 
 
 def source_tensors(
-    component: str, one: Opened, sources: Mapping[str, Opened], against: object
+    component: str, one: PublishedNetwork, sources: Mapping[str, PublishedNetwork], against: object
 ) -> Mapping[str, LazyTensor]:
     """The floats, by official key, that the 8-bit matrices of `one` are compared with.
 
@@ -72,7 +72,7 @@ def source_tensors(
     return found.tensors
 
 
-def _check_sizes(component: str, one: Opened, source: Opened, against: object) -> None:
+def _check_sizes(component: str, one: PublishedNetwork, source: PublishedNetwork, against: object) -> None:
     """Another model can have matrices of these very names and shapes, as i2v has those of t2v."""
     pairs = [(n, getattr(one.config, n), getattr(source.config, n)) for n in _SIZES if hasattr(one.config, n)]
     wrong = [f"{name} is {theirs!r} there and {ours!r} here" for name, ours, theirs in pairs if ours != theirs]

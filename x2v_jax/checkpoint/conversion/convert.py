@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.plan import Plan, make_plan
 from x2v_jax.checkpoint.files.hashing import HashThread
 from x2v_jax.checkpoint.native.writer import (
@@ -21,7 +21,7 @@ from x2v_jax.checkpoint.quantize.calibration import ABOUT
 from x2v_jax.errors import UserError
 from x2v_jax.shipped import VERSION
 
-__all__ = ["Options", "Progress", "convert"]
+__all__ = ["ConversionOptions", "Progress", "convert"]
 
 Progress = Callable[[int, int], None]
 
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    options: Options | None = None,
+    options: ConversionOptions | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Converts a published checkpoint, or a native one to other types.
@@ -46,7 +46,7 @@ def convert(
         UserError: the destination exists, the source is not usable (every difference is named), it is not clear which
             variant is meant, NaN or infinity is found, or the disk is full. Nothing is left at the destination.
     """
-    options = options or Options()
+    options = options or ConversionOptions()
     check_destination(pathlib.Path(destination), options.overwrite)
     plan = make_plan(source, options, destination)
     loras = [pathlib.Path(path) for path, _ in options.loras]

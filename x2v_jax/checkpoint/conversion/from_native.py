@@ -4,26 +4,26 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.stream import Findings
 from x2v_jax.checkpoint.files.arrays import has_nonfinite, row_pieces
 from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.checkpoint.published.open import Opened, open_native
+from x2v_jax.checkpoint.published.open import PublishedNetwork, open_native
 from x2v_jax.errors import UserError
 
 # What can be asked of a checkpoint whose transformer is smoothed.
 _FOR_SMOOTHED = (
-    "--quantize none, which multiplies it out, or --quantize int8 or fp8 with --quantize-component text_encoder or "
+    "--quantize none, which dequantizes it, or --quantize int8 or fp8 with --quantize-component text_encoder or "
     "image_encoder, which carries the transformer over bit for bit"
 )
 
 
 def open_native_source(
-    native: NativeCheckpoint, options: Options, lenders: Mapping[str, NativeCheckpoint]
-) -> tuple[dict[str, Opened], dict[str, NativeCheckpoint]]:
+    native: NativeCheckpoint, options: ConversionOptions, lenders: Mapping[str, NativeCheckpoint]
+) -> tuple[dict[str, PublishedNetwork], dict[str, NativeCheckpoint]]:
     """What of a native checkpoint is written anew, and which components go on being taken from elsewhere.
 
     Components that it takes by reference stay references unless they change.
@@ -50,7 +50,7 @@ def open_native_source(
     missing = [name for name in options.components if not native.has(name)]
     if missing:
         raise UserError(f"--component {missing[0]}: {native.path} has none; it has {', '.join(native.components)}")
-    opened: dict[str, Opened] = {}
+    opened: dict[str, PublishedNetwork] = {}
     taken = dict(lenders)
     for name in (*COMPONENTS, "tokenizer"):
         if not native.has(name) or name in taken or (options.components and name not in options.components):
@@ -65,7 +65,7 @@ def open_native_source(
     return opened, taken
 
 
-def _check_carried(native: NativeCheckpoint, options: Options) -> None:
+def _check_carried(native: NativeCheckpoint, options: ConversionOptions) -> None:
     """Raises a UserError where anything is asked of a smoothed transformer, which can only be carried over."""
     if options.loras:
         asked = "--lora"
@@ -102,6 +102,6 @@ def carried_over(native: NativeCheckpoint, component: str, findings: Findings) -
     }
 
 
-def _changes(native: NativeCheckpoint, component: str, options: Options) -> bool:
+def _changes(native: NativeCheckpoint, component: str, options: ConversionOptions) -> bool:
     asked = options.components or options.quantize_components
     return component in asked or (options.quantize == "none" and native.quantization(component) is not None)

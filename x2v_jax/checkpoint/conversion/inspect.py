@@ -13,7 +13,7 @@ from x2v_jax.checkpoint.lora.keys import Role
 from x2v_jax.checkpoint.lora.merge import LoraFile
 from x2v_jax.checkpoint.names.wan import COMPONENTS, parameter_count
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
-from x2v_jax.checkpoint.published.layouts import Layout, Source, recognise
+from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles, recognise
 from x2v_jax.checkpoint.published.open import open_source
 from x2v_jax.checkpoint.published.published_schedules import default_schedule
 from x2v_jax.errors import UserError
@@ -132,7 +132,7 @@ def _lora_name(path: pathlib.Path) -> str:
     return f"LoRA for Wan2.1, {len(lora.modules)} modules{rank}"
 
 
-def _network(source: Source) -> tuple[Network, Any]:
+def _network(source: NetworkFiles) -> tuple[Network, Any]:
     config, problems, wrong, quantization = None, [], None, None
     try:
         opened, problems = open_source(source)

@@ -6,14 +6,14 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """What a conversion is to do.
 
     Attributes:
         variant: base, distill, causvid or self_forcing; None for the only one there.
         components: which networks; empty for all there are.
         dtype: "keep", float32, bfloat16 or float16; of weights that are not 8-bit.
-        quantize: "keep" (8-bit weights stay so, others stay floats), "none" (they are multiplied out), or "int8" or
+        quantize: "keep" (8-bit weights stay so, others stay floats), "none" (they are dequantized), or "int8" or
             "fp8" (the matrices of the blocks of `quantize_components` become 8-bit).
         quantize_components: which networks "int8" and "fp8" mean; empty for the transformer alone.
         smooth: a file of recorded activations (see `checkpoint.calibration`) by which the transformer is smoothed

@@ -9,7 +9,7 @@ from typing import Any
 from x2v_jax.checkpoint.conversion.choose_quantization import choose_quantization, quantization_notes
 from x2v_jax.checkpoint.conversion.choose_smoothing import check_smoothing, choose_smoothing
 from x2v_jax.checkpoint.conversion.from_native import carried_over, open_native_source
-from x2v_jax.checkpoint.conversion.options import Options
+from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.stream import Findings, stream
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
@@ -18,7 +18,7 @@ from x2v_jax.checkpoint.lora.report import requantized
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.published.layouts import Layout, recognise
-from x2v_jax.checkpoint.published.open import Opened, open_source, source_notes
+from x2v_jax.checkpoint.published.open import PublishedNetwork, open_source, source_notes
 from x2v_jax.checkpoint.published.published_schedules import (
     SCHEDULES,
     default_schedule,
@@ -44,7 +44,7 @@ class Plan:
     """
 
     layout: Layout
-    opened: Mapping[str, Opened]
+    opened: Mapping[str, PublishedNetwork]
     streams: Mapping[str, Mapping[str, Streamed]]
     quantizations: Mapping[str, str]
     smoothing: Mapping[str, float]
@@ -70,7 +70,9 @@ class Plan:
         return list(dict.fromkeys([*files, *([self.tokenizer] if self.tokenizer else [])]))
 
 
-def make_plan(source: str | os.PathLike[str], options: Options, destination: str | os.PathLike[str] = ".") -> Plan:
+def make_plan(
+    source: str | os.PathLike[str], options: ConversionOptions, destination: str | os.PathLike[str] = "."
+) -> Plan:
     """Opens and checks everything that a conversion needs.
 
     Raises:
@@ -143,10 +145,12 @@ def make_plan(source: str | os.PathLike[str], options: Options, destination: str
     )
 
 
-def _open_all(layout: Layout, options: Options, lenders: Lenders, notes: list[str]) -> dict[str, Opened]:
+def _open_all(
+    layout: Layout, options: ConversionOptions, lenders: Lenders, notes: list[str]
+) -> dict[str, PublishedNetwork]:
     """Opens every network; what is wrong is said of all of them at once."""
     problems: list[str] = []
-    opened: dict[str, Opened] = {}
+    opened: dict[str, PublishedNetwork] = {}
     for component, source in select(layout, options.variant, options.components, tuple(lenders)).items():
         one, wrong = open_source(source, options.settings.get(component))
         if wrong:
@@ -188,7 +192,7 @@ def _loras_of(native: NativeCheckpoint | None) -> list[Mapping[str, Any]]:
     return [entry for entry in loras if isinstance(entry, dict)] if isinstance(loras, list) else []
 
 
-def _check_fit(opened: Mapping[str, Opened], lenders: Lenders) -> None:
+def _check_fit(opened: Mapping[str, PublishedNetwork], lenders: Lenders) -> None:
     """The networks of one checkpoint must fit each other."""
     configs: dict[str, Any] = {name: one.config for name, one in opened.items()}
     configs |= {name: lender.config(name) for name, lender in lenders.items() if name != "tokenizer"}
@@ -208,7 +212,7 @@ def _check_fit(opened: Mapping[str, Opened], lenders: Lenders) -> None:
 
 
 def _merge_loras(
-    one: Opened | None, options: Options, quantization: str | None, notes: list[str]
+    one: PublishedNetwork | None, options: ConversionOptions, quantization: str | None, notes: list[str]
 ) -> dict[str, LazyTensor]:
     if one is None:
         raise UserError("--lora: no transformer is converted; add --component transformer or leave --lora out")
@@ -229,7 +233,7 @@ def _merge_loras(
 
 
 def _variant_and_schedule(
-    transformer: Opened | None, options: Options, reuse: NativeCheckpoint | None, notes: list[str]
+    transformer: PublishedNetwork | None, options: ConversionOptions, reuse: NativeCheckpoint | None, notes: list[str]
 ) -> tuple[str, Schedule]:
     if transformer is None:
         default = reuse.schedule if reuse else default_schedule("base", None)
@@ -254,7 +258,7 @@ def _variant_and_schedule(
     return _overridden(variant, schedule, options)
 
 
-def _overridden(variant: str, schedule: Schedule, options: Options) -> tuple[str, Schedule]:
+def _overridden(variant: str, schedule: Schedule, options: ConversionOptions) -> tuple[str, Schedule]:
     if options.schedule:
         schedule = override_schedule(options.schedule, schedule)
         if variant == "base" and options.schedule in SCHEDULES and schedule.is_distilled:

@@ -12,7 +12,7 @@ import numpy as np
 from x2v_jax.checkpoint.files.arrays import cast, contiguous, has_nonfinite, row_pieces
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.names.wan import Row, table
-from x2v_jax.checkpoint.published.open import Opened
+from x2v_jax.checkpoint.published.open import PublishedNetwork
 from x2v_jax.checkpoint.published.read import OfficialTensors
 from x2v_jax.checkpoint.quantize.eight_bit import DTYPES as EIGHT_BIT_DTYPES
 from x2v_jax.checkpoint.quantize.eight_bit import NO_FACTORS, quantize
@@ -34,7 +34,7 @@ class Findings:
 
 
 def stream(
-    one: Opened,
+    one: PublishedNetwork,
     tensors: Mapping[str, LazyTensor],
     dtype: str,
     quantization: str | None,

@@ -2,7 +2,7 @@
 
 The sum is taken in float32 and rounded once to the weight's own type, whatever the number of files, so that the order
 of the files does not matter and a LoRA taken off again (negative strength) leaves only rounding. 8-bit weights are
-multiplied out with their scales for it, and rounded to 8 bits again with new ones. LightX2V instead rounds to bfloat16
+dequantized with their scales for it, and rounded to 8 bits again with new ones. LightX2V instead rounds to bfloat16
 after every file, ignores `alpha`, and passes over tensors that fit nothing; here each tensor is accounted for and a
 misfit is an error unless a partial merge is asked for.
 """

@@ -99,7 +99,7 @@ class LoraReport:
 def requantized(count: int, quantization: str) -> str:
     """The sentence about `count` merged matrices that were 8-bit before and are again."""
     return (
-        f"{count} of the changed matrices are {quantization}: they are multiplied out, merged in float32 and rounded "
+        f"{count} of the changed matrices are {quantization}: they are dequantized, merged in float32 and rounded "
         f"to {quantization} again. Merging into the 16- or 32-bit weights and quantizing the result is more exact"
     )
 

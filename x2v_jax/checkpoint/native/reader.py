@@ -162,9 +162,6 @@ class NativeCheckpoint:
             raise UserError(f"{path} is missing; convert the checkpoint again, or put the {TOKENIZER_FILE} there")
         return path
 
-    def size_bytes(self, component: str) -> int:
-        return sum(path.stat().st_size for path in self.files(component) if path.is_file())
-
     def holder(self, component: str) -> "NativeCheckpoint":
         """The checkpoint whose folder really holds a component."""
         return self._entry(component)[0]
@@ -195,7 +192,7 @@ class NativeCheckpoint:
         if quantization is not None and not quantized:
             raise UserError(
                 f"{self.path}: the {component} is {quantization}, and floats are needed here; give a checkpoint of its "
-                "16- or 32-bit weights, or multiply it out with `python -m convert wan … --quantize none`"
+                "16- or 32-bit weights, or dequantize it with `python -m convert wan … --quantize none`"
             )
         rows = table(component, self.config(component), quantization)
         scales = {row.native for row in rows if row.transform == SCALE} | {group.stored for group in GROUPS.values()}

@@ -92,7 +92,7 @@ def export(
     if quantized and layout != "lightx2v":
         raise UserError(
             f"--layout {layout}: it has no place for the 8-bit weights of the {', '.join(quantized)}; give --layout "
-            "lightx2v, or multiply them out first with `python -m convert wan … --quantize none`"
+            "lightx2v, or dequantize them first with `python -m convert wan … --quantize none`"
         )
     tensors = {component: official_tensors(native, component) for component in present}
     total = sum(t.nbytes for one in tensors.values() for t in one.values())

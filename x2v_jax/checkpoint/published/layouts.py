@@ -13,7 +13,7 @@ from x2v_jax.checkpoint.files.safetensors import read_metadata
 from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.writer import FORMAT
 from x2v_jax.checkpoint.published.key_check import ranges
-from x2v_jax.checkpoint.published.read import Kind, RawTensors, identify, read_raw, unwrapped
+from x2v_jax.checkpoint.published.read import KeyConvention, RawTensors, identify, read_raw, unwrapped
 from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets
 from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.errors import UserError
@@ -53,7 +53,7 @@ _CALIBRATION = "recorded activations, for --smooth of the conversion of their mo
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class NetworkFiles:
     """Files that hold one network.
 
     variant: of a transformer; None when nothing tells it. state: of a trainer's file, else None.
@@ -71,8 +71,8 @@ class Source:
     index: FileSet | None = None
 
     @property
-    def kind(self) -> Kind:
-        return Kind(self.component, self.naming)
+    def convention(self) -> KeyConvention:
+        return KeyConvention(self.component, self.naming)
 
     @property
     def location(self) -> str:
@@ -100,7 +100,7 @@ class Layout:
 
     path: pathlib.Path
     kind: str
-    sources: tuple[Source, ...] = ()
+    sources: tuple[NetworkFiles, ...] = ()
     tokenizer: pathlib.Path | None = None
     left_out: tuple[tuple[pathlib.Path, str], ...] = ()
 
@@ -110,7 +110,7 @@ class Layout:
         found = {s.variant for s in self.of("transformer")}
         return tuple(v for v in VARIANTS if v in found)
 
-    def of(self, component: str) -> list[Source]:
+    def of(self, component: str) -> list[NetworkFiles]:
         return [s for s in self.sources if s.component == component]
 
 
@@ -135,7 +135,7 @@ def recognise(path: str | pathlib.Path) -> Layout:
             return dataclasses.replace(layout, sources=tuple(_with_variant(s, hint) for s in layout.sources))
         return layout
     layout = _scan(path, "wan", _SUBFOLDERS)
-    kinds = {s.kind for s in layout.sources}
+    conventions = {s.convention for s in layout.sources}
     if not layout.sources:
         kind = "lora" if any(reason == _LORA for _, reason in layout.left_out) else "unknown"
         return dataclasses.replace(layout, kind=kind)
@@ -145,7 +145,7 @@ def recognise(path: str | pathlib.Path) -> Layout:
         return dataclasses.replace(layout, kind="lightx2v")
     if any(s.state for s in layout.sources):
         return dataclasses.replace(layout, kind="trainer")
-    if kinds == {Kind("transformer", "diffusers")} or all(k.naming == "diffusers" for k in kinds):
+    if conventions == {KeyConvention("transformer", "diffusers")} or all(k.naming == "diffusers" for k in conventions):
         return dataclasses.replace(layout, kind="diffusers")
     return layout
 
@@ -170,13 +170,13 @@ def _recognise_file(path: pathlib.Path) -> Layout:
 
 
 def _scan(root: pathlib.Path, kind: str, folders: dict[str, str | None]) -> Layout:
-    sources: list[Source] = []
+    sources: list[NetworkFiles] = []
     left_out: list[tuple[pathlib.Path, str]] = []
     for name, variant in folders.items():
         folder = root / name if name else root
         if not folder.is_dir():
             continue
-        found: list[Source] = []
+        found: list[NetworkFiles] = []
         for files in file_sets(folder):
             source = _source(files, root, variant)
             if isinstance(source, str):
@@ -194,11 +194,11 @@ def _scan(root: pathlib.Path, kind: str, folders: dict[str, str | None]) -> Layo
     return Layout(root, kind, tuple(sources), _tokenizer(root), tuple(left_out))
 
 
-def _in_original(source: Source) -> bool:
+def _in_original(source: NetworkFiles) -> bool:
     return source.component == "transformer" and source.files[0].parent.name == "original"
 
 
-def _prefer_safetensors(found: list[Source]) -> tuple[list[Source], list[tuple[pathlib.Path, str]]]:
+def _prefer_safetensors(found: list[NetworkFiles]) -> tuple[list[NetworkFiles], list[tuple[pathlib.Path, str]]]:
     """Where a folder holds the same network in both formats, the published loaders take the safetensors file."""
     safe = {s.component for s in found if s.files[0].suffix == ".safetensors"}
     dropped = [s for s in found if s.component in safe and s.files[0].suffix != ".safetensors"]
@@ -208,37 +208,37 @@ def _prefer_safetensors(found: list[Source]) -> tuple[list[Source], list[tuple[p
     return [s for s in found if s not in dropped], [(s.files[0], reason) for s in dropped]
 
 
-def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> Source | str:
+def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> NetworkFiles | str:
     """The network in a set of files, or the reason why there is none that can be used."""
     try:
         ours = _of_ours(files.files[0])
         if ours is not None:
             return ours
         raw = read_raw(files.files[:1]) if files.index else read_raw(files.files)
-        kind = identify(raw.tensors)
-        if kind.component is None and files.index:
+        convention = identify(raw.tensors)
+        if convention.component is None and files.index:
             raw = read_raw(files.files)
-            kind = identify(raw.tensors)
+            convention = identify(raw.tensors)
     except UserError as error:
         if _is_auxiliary(files):
             return str(error)
         raise
-    if kind.component == "lora":
+    if convention.component == "lora":
         return _LORA
-    if kind.component is None:
+    if convention.component is None:
         return "holds none of Wan2.1's networks"
     names = {tensor.dtype.name for tensor in raw.tensors.values()}
     precision = "int8" if "int8" in names else "fp8" if any(n.startswith("float8") for n in names) else None
-    if kind.component == "transformer":
+    if convention.component == "transformer":
         variant = variant or _variant(files, raw, root, precision)
-    return Source(
-        kind.component,
+    return NetworkFiles(
+        convention.component,
         files.files,
-        kind.naming,
-        variant if kind.component == "transformer" else None,
+        convention.naming,
+        variant if convention.component == "transformer" else None,
         raw.state,
         raw.other_states,
-        _config_file(files.files[0].parent, kind),
+        _config_file(files.files[0].parent, convention),
         precision,
         files if files.index else None,
     )
@@ -274,19 +274,19 @@ def _hint(name: str) -> str | None:
     return next((variant for pattern, variant in _HINTS if pattern.search(name.lower())), None)
 
 
-def _with_variant(source: Source, variant: str) -> Source:
+def _with_variant(source: NetworkFiles, variant: str) -> NetworkFiles:
     return dataclasses.replace(source, variant=variant) if source.component == "transformer" else source
 
 
-def _config_file(folder: pathlib.Path, kind: Kind) -> pathlib.Path | None:
+def _config_file(folder: pathlib.Path, convention: KeyConvention) -> pathlib.Path | None:
     """The config.json that describes a network: beside it, or one folder up for LightX2V's subfolders."""
     places = [folder]
-    if kind.naming == "official" and folder.name in _SUBFOLDERS and folder.name:
+    if convention.naming == "official" and folder.name in _SUBFOLDERS and folder.name:
         places.append(folder.parent)
     return next((p / "config.json" for p in places if (p / "config.json").is_file()), None)
 
 
-def declared(source: Source) -> dict[str, object]:
+def declared(source: NetworkFiles) -> dict[str, object]:
     """What config.json says about a source. An official folder's file describes the transformer; a section named after
     another component ({"image_encoder": {"num_heads": 4}}) describes that one."""
     if source.config_file is None:

@@ -13,22 +13,24 @@ from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.checkpoint.published.infer_config import infer_config
 from x2v_jax.checkpoint.published.key_check import differences
-from x2v_jax.checkpoint.published.layouts import Source, declared
-from x2v_jax.checkpoint.published.read import Kind, OfficialTensors, RawTensors, to_official
+from x2v_jax.checkpoint.published.layouts import NetworkFiles, declared
+from x2v_jax.checkpoint.published.read import KeyConvention, OfficialTensors, RawTensors, to_official
 from x2v_jax.checkpoint.published.unsmooth import without_smoothing
 from x2v_jax.models.config import ClipConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class PublishedNetwork:
     """One network: where it comes from, its sizes, its tensors under official names."""
 
-    source: Source
+    source: NetworkFiles
     config: Any
     found: OfficialTensors
 
 
-def open_source(source: Source, settings: Mapping[str, object] | None = None) -> tuple[Opened, list[str]]:
+def open_source(
+    source: NetworkFiles, settings: Mapping[str, object] | None = None
+) -> tuple[PublishedNetwork, list[str]]:
     """Reads the headers of a source, finds its sizes, and lists what is wrong with its tensors.
 
     Raises:
@@ -38,7 +40,7 @@ def open_source(source: Source, settings: Mapping[str, object] | None = None) ->
     config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
     if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
         found = _with_empty_head(found, config)
-    return Opened(source, config, found), differences(source.component, config, found)
+    return PublishedNetwork(source, config, found), differences(source.component, config, found)
 
 
 def _with_empty_head(found: OfficialTensors, config: ClipConfig) -> OfficialTensors:
@@ -49,7 +51,7 @@ def _with_empty_head(found: OfficialTensors, config: ClipConfig) -> OfficialTens
     return dataclasses.replace(found, tensors={**found.tensors, "visual.head": head})
 
 
-def open_native(native: NativeCheckpoint, component: str) -> Opened:
+def open_native(native: NativeCheckpoint, component: str) -> PublishedNetwork:
     """A network of a native checkpoint, its own or one that it refers to. Smoothing is undone, up to rounding.
 
     Raises:
@@ -57,14 +59,14 @@ def open_native(native: NativeCheckpoint, component: str) -> Opened:
     """
     holder = native.holder(component)
     variant = native.variant if component == "transformer" else None
-    source = Source(
+    source = NetworkFiles(
         component, tuple(native.files(component)), "official", variant, config_file=holder.path / MODEL_FILE
     )
     raw = RawTensors(official_tensors(native, component))
-    config, found = native.config(component), to_official(raw, Kind(component))
+    config, found = native.config(component), to_official(raw, KeyConvention(component))
     if native.smoothing(component) is not None:
         found = without_smoothing(found, config, native.smoothing_inverses(component))
-    return Opened(source, config, found)
+    return PublishedNetwork(source, config, found)
 
 
 def official_tensors(native: NativeCheckpoint, component: str) -> dict[str, LazyTensor]:
@@ -88,7 +90,7 @@ def _official(row: Row, tensor: LazyTensor, layer: int) -> LazyTensor:
     return LazyTensor(row.official_shape, tensor.dtype, load)
 
 
-def source_notes(one: Opened) -> Iterator[str]:
+def source_notes(one: PublishedNetwork) -> Iterator[str]:
     """Sentences for the user about a network as it was found."""
     source, found = one.source, one.found
     if source.state:

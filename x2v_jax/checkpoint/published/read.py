@@ -45,7 +45,7 @@ class RawTensors:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class KeyConvention:
     """What a set of keys is: a component (or "lora" or None) and the convention of its names."""
 
     component: str | None
@@ -146,14 +146,14 @@ _SIGNS = (
 )
 
 
-def identify(keys: Iterable[str]) -> Kind:
+def identify(keys: Iterable[str]) -> KeyConvention:
     """Tells a network by names that only it has. A few keys of it are enough (one shard of many)."""
     names = list(keys)
     for component, naming, signs in _SIGNS:
         for name in names:
             if any(_has_sign(name, sign) for sign in signs):
-                return Kind(component, naming)
-    return Kind(None)
+                return KeyConvention(component, naming)
+    return KeyConvention(None)
 
 
 def _has_sign(name: str, sign: str) -> bool:
@@ -162,22 +162,22 @@ def _has_sign(name: str, sign: str) -> bool:
     return sign in name if sign.startswith(".") else name.startswith(sign) or f".{sign}" in name
 
 
-def to_official(raw: RawTensors, kind: Kind) -> OfficialTensors:
+def to_official(raw: RawTensors, convention: KeyConvention) -> OfficialTensors:
     """Brings tensors under official names: merges scales, renames, joins what diffusers splits.
 
     Raises:
         UserError: two keys mean the same tensor.
     """
-    if kind.component is None or kind.component not in CONFIGS:
-        raise ValueError(f"{kind.component} is no network of Wan2.1")
+    if convention.component is None or convention.component not in CONFIGS:
+        raise ValueError(f"{convention.component} is no network of Wan2.1")
     weights = join_scales(raw.tensors)
-    parse = _parser(kind.component, kind.naming, raw.tensors)
+    parse = _parser(convention.component, convention.naming, raw.tensors)
     ignored: dict[str, str] = {}
     unknown: list[str] = []
     parts: dict[str, dict[int, str]] = {}  # official key -> index -> own key
     meaning: dict[str, Part] = {}
     for key, own in weights.own.items():
-        reason = _reason_to_ignore(kind.component, key, raw.tensors)
+        reason = _reason_to_ignore(convention.component, key, raw.tensors)
         part = None if reason else parse(key)
         if reason:
             ignored |= dict.fromkeys(own, reason)

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from x2v_jax.checkpoint.names.wan import COMPONENTS
-from x2v_jax.checkpoint.published.layouts import Layout, Source
+from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles
 from x2v_jax.errors import UserError
 
 
 def select(
     layout: Layout, variant: str | None, components: Sequence[str], lent: Sequence[str] = ()
-) -> dict[str, Source]:
+) -> dict[str, NetworkFiles]:
     """The source of each component that is to be converted.
 
     Args:
@@ -25,7 +25,7 @@ def select(
     if layout.kind in ("part", "calibration"):
         raise UserError(f"{layout.path} is {layout.left_out[0][1]}")
     wanted = [c for c in components or COMPONENTS if c not in lent]
-    chosen: dict[str, Source] = {}
+    chosen: dict[str, NetworkFiles] = {}
     for component in wanted:
         found = _full_precision(layout.of(component))
         if component == "transformer":
@@ -42,7 +42,7 @@ def select(
     return chosen
 
 
-def _of_variant(layout: Layout, found: list[Source], variant: str | None) -> list[Source]:
+def _of_variant(layout: Layout, found: list[NetworkFiles], variant: str | None) -> list[NetworkFiles]:
     if variant:
         if layout.path.is_file():  # the user points at this very file and says what it is
             return [dataclasses.replace(s, variant=variant) for s in found]
@@ -62,7 +62,7 @@ def _of_variant(layout: Layout, found: list[Source], variant: str | None) -> lis
     return found
 
 
-def _full_precision(found: list[Source]) -> list[Source]:
+def _full_precision(found: list[NetworkFiles]) -> list[NetworkFiles]:
     """Leaves out 8-bit copies of what is there in 16 or 32 bits; of unknown variant they may be copies of any."""
     full = {s.variant for s in found if not s.precision}
     return [s for s in found if not s.precision or (s.variant not in full and not (full and s.variant is None))]

@@ -23,10 +23,6 @@ class FileSet:
     files: tuple[pathlib.Path, ...]
     index: Mapping[str, str] | None = None
 
-    @property
-    def is_safetensors(self) -> bool:
-        return self.files[0].suffix == ".safetensors"
-
 
 def file_sets(folder: pathlib.Path) -> list[FileSet]:
     """The sets of a folder (its subfolders not looked at).

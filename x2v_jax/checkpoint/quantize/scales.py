@@ -1,4 +1,4 @@
-"""8-bit weights of published files with their scales: as they are, and multiplied out in float32.
+"""8-bit weights of published files with their scales: as they are, and dequantized in float32.
 
 LightX2V stores KEY.weight in int8 or fp8 beside KEY.weight_scale, one a row; DeepGEMM's files have one a 128x128 block,
 ComfyUI's a single KEY.scale_weight. Those of a row, or of a whole matrix (the same scale in every row), can be run as

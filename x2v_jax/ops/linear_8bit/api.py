@@ -57,14 +57,14 @@ def linear_8bit(
     """
     lead = _check(x, weight, scale, bias, residual, activation, activations, implementation)
     n, k = weight.shape
-    how = _How(activation, jnp.dtype(out_dtype).name, activations, implementation)
+    options = _LinearOptions(activation, jnp.dtype(out_dtype).name, activations, implementation)
     if activations == "8bit" and not isinstance(x, QuantizedRows):
         x = quantize_rows(x, weight.dtype, implementation=implementation)
     if gate is not None:
         # One gate for all rows stays one: kernels read it once.
         gate = gate.reshape(1, n) if gate.size == n else jnp.broadcast_to(gate, (*lead, n)).reshape(-1, n)
     residual = None if residual is None else residual.reshape(-1, n)
-    y: Any = _linear(how, _flat(x, k), weight, scale, bias, gate, residual)
+    y: Any = _linear(options, _flat(x, k), weight, scale, bias, gate, residual)
     return y.reshape(*lead, n)
 
 
@@ -116,7 +116,7 @@ _Given = Array | None
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
+class _LinearOptions:
     activation: Activation
     out_dtype: str
     activations: Activations
@@ -124,15 +124,17 @@ class _How:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(how: _How, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given) -> Array:
-    tail = (weight, scale, bias, how.activation, gate, residual, how.out_dtype)
-    if how.activations == "16bit":
+def _linear(
+    options: _LinearOptions, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given
+) -> Array:
+    tail = (weight, scale, bias, options.activation, gate, residual, options.out_dtype)
+    if options.activations == "16bit":
         return matmul_16bit(x, *tail)
-    return _product(how, QuantizedRows(x.values, x.scale), weight, scale, bias, gate, residual)
+    return _product(options, QuantizedRows(x.values, x.scale), weight, scale, bias, gate, residual)
 
 
 def _product(
-    how: _How,
+    options: _LinearOptions,
     x: QuantizedRows,
     weight: Array,
     scale: Array,
@@ -142,35 +144,35 @@ def _product(
 ) -> Array:
     def with_arrays(matmul: Any, **more: Any) -> Any:
         return lambda x, weight, scale, bias, gate, residual: matmul(
-            x, weight, scale, bias, how.activation, gate, residual, how.out_dtype, **more
+            x, weight, scale, bias, options.activation, gate, residual, options.out_dtype, **more
         )
 
     arrays = (x, weight, scale, bias, gate, residual)
     reference = with_arrays(matmul_8bit)
-    if wants_hopper(how.implementation):
+    if wants_hopper(options.implementation):
         from x2v_jax.ops.linear_8bit.choose_hopper import matmul_config
         from x2v_jax.ops.linear_8bit.hopper import matmul_hopper
 
-        config = matmul_config(x, weight, bias, how.activation, gate, residual, how.out_dtype)
+        config = matmul_config(x, weight, bias, options.activation, gate, residual, options.out_dtype)
         if config is not None:
             kernel = with_arrays(matmul_hopper, config=config)
             return lax.platform_dependent(*arrays, cuda=kernel, default=reference)
-    if xla_product(how.implementation, weight.dtype):
+    if xla_product(options.implementation, weight.dtype):
         return lax.platform_dependent(*arrays, cuda=with_arrays(matmul_8bit, float8_product=True), default=reference)
     return reference(*arrays)
 
 
 def _forward(
-    how: _How, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given
+    options: _LinearOptions, x: Any, weight: Array, scale: Array, bias: _Given, gate: _Given, residual: _Given
 ) -> tuple[Array, Any]:
     rows = isinstance(x, QuantizedRows)
     source = x.source if rows else x
     kind = QuantizedRows(*[None] * 3) if rows else None  # pyright: ignore[reportArgumentType]
     like = None if residual is None else jnp.zeros((0,), residual.dtype)
-    return _linear(how, x, weight, scale, bias, gate, residual), (kind, source, weight, scale, bias, gate, like)
+    return _linear(options, x, weight, scale, bias, gate, residual), (kind, source, weight, scale, bias, gate, like)
 
 
-def _backward(how: _How, kept: Any, dy: Array) -> tuple[Any, ...]:
+def _backward(options: _LinearOptions, kept: Any, dy: Array) -> tuple[Any, ...]:
     kind, source, weight, scale, bias, gate, like = kept
     if source is None:
         raise TypeError("these quantized rows have no gradient: they were made without a source")
@@ -179,7 +181,9 @@ def _backward(how: _How, kept: Any, dy: Array) -> tuple[Any, ...]:
     z = lax.dot_general(
         source.astype(jnp.bfloat16), wide, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )  # compiled away unless GELU or the gate's gradient needs it
-    pull = jax.vjp(lambda z, bias, gate: epilogue(z, bias, how.activation, gate, None), z * scale[None], bias, gate)[1]
+    pull = jax.vjp(
+        lambda z, bias, gate: epilogue(z, bias, options.activation, gate, None), z * scale[None], bias, gate
+    )[1]
     dz, dbias, dgate = pull(dy)
     dx = jnp.dot((dz * scale[None]).astype(jnp.bfloat16), wide, preferred_element_type=jnp.float32).astype(source.dtype)
     return (

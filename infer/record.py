@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def stream_video(
-    pipeline: "Pipeline", work: Settings, job: Job, label: str, interrupts: Interrupts
+    pipeline: "Pipeline", settings: Settings, job: Job, label: str, interrupts: Interrupts
 ) -> tuple[pathlib.Path, dict[str, float]]:
     """Makes one video into a growing mp4, with the live line if the settings have it.
 
@@ -32,8 +32,8 @@ def stream_video(
         UserError: see `Pipeline.stream_blocks` and `VideoStream.append`.
         KeyboardInterrupt: with a message about what was kept, if there is something.
     """
-    recording = _Recording(work, job, interrupts)
-    live = LiveLine(label, job.request.num_blocks, recording.fps, shown=work.config.progress)
+    recording = _Recording(settings, job, interrupts)
+    live = LiveLine(label, job.request.num_blocks, recording.fps, shown=settings.config.progress)
     try:
         try:
             with contextlib.closing(live), contextlib.closing(pipeline.stream_blocks(job.request)) as blocks:
@@ -58,12 +58,12 @@ def stream_video(
 class _Recording:
     """The mp4 and its JSON. No signal interrupts their writing: it waits until that is done."""
 
-    def __init__(self, work: Settings, job: Job, interrupts: Interrupts):
+    def __init__(self, settings: Settings, job: Job, interrupts: Interrupts):
         self.fps: float = job.request.fps
         self.seconds: dict[str, float] = {}
         self.is_complete = False
-        self._metadata = outputs.metadata(work, job)
-        self.stream = VideoStream(outputs.place(job, work.config.overwrite), self.fps, self._metadata)
+        self._metadata = outputs.metadata(settings, job)
+        self.stream = VideoStream(outputs.place(job, settings.config.overwrite), self.fps, self._metadata)
         self._interrupts = interrupts
         self._size: tuple[int, ...] = ()
         self._is_closed = False
