@@ -153,7 +153,6 @@ def _conditioner(checkpoint: "NativeCheckpoint", compute: str) -> Any:
     from x2v_jax.generate.image import ImageConditioner
     from x2v_jax.generate.network import Network
 
-    config, tensors = checkpoint.config("image_encoder"), checkpoint.tensors("image_encoder")
-    clip = Network("image_encoder", config, tensors, dtype=compute)
+    clip = Network.of(checkpoint, "image_encoder", dtype=compute)
     patch = checkpoint.config("transformer").patch_size if checkpoint.has("transformer") else (1, 2, 2)
     return ImageConditioner(clip, make_vae_runner(checkpoint), patch)

@@ -30,7 +30,7 @@ class ImageConditioner:
         self.clip = clip
         self.vae = vae
         self._patch_size = patch_size
-        self._encode = jax.jit(lambda params, pixels: functional.merge(clip.graphdef, params)(pixels))
+        self._encode = clip.jit(lambda tower, pixels: tower(pixels))
         self._condition = jax.jit(self._condition_fn, static_argnames="frames")
         self._last: tuple[tuple[str, int], np.ndarray] | None = None
 

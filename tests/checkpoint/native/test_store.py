@@ -77,7 +77,7 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 native = open_checkpoint({str(tmp_path / "c")!r})
 mesh = jax.make_mesh((2,), ("model",))
 name = "encoder.downsamples.0.conv1.kernel"
@@ -268,7 +268,7 @@ def test_opening_imports_no_jax(tmp_path):
     save(tmp_path / "c")
     script = f"""
 import sys
-from x2v_jax.checkpoint.store import open_checkpoint
+from x2v_jax.checkpoint.native.reader import open_checkpoint
 open_checkpoint({str(tmp_path / "c")!r}).tensors("vae")
 assert "jax" not in sys.modules
 """

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax.checkpoint.names.wan import CONFIGS, Config, Shape
+from x2v_jax.checkpoint.names.wan import Shape
 from x2v_jax.checkpoint.native.fields import check_sizes
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import CONFIGS, Config
 
 Shapes = Mapping[str, Shape]
 Values = dict[str, Any]

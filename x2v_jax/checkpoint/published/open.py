@@ -34,7 +34,7 @@ def open_source(source: NetworkFiles, settings: Mapping[str, Any] | None = None)
     Raises:
         UserError: its sizes cannot be told.
     """
-    found = to_official(source.read(), source.kind)
+    found = to_official(source.read(), source.convention)
     config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
     if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
         found = _with_empty_head(found, config)
