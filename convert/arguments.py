@@ -7,15 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import COMPONENTS, QUANTIZABLE, VARIANTS
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.conversion.convert import ConversionOptions
 
-VARIANTS = ("base", "distill", "causvid", "self_forcing")
-COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 QUANTIZE = ("keep", "none", "int8", "fp8")
-QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
 LAYOUTS = ("wan", "lightx2v", "diffusers")
 LORA_DIALECTS = ("lightx2v", "comfyui", "diffusers")
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from train.loop import optimizer_of
 from train.lora import init_lora
 from train.state import init_state
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.functional import abstract, parameter_count
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import parameter_count
+from x2v_jax.models.networks import abstract_network
 from x2v_jax.parallel import Mesh
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ def describe(config: Any, task: "Distillation") -> str:
     for phase in config.phases:
         mesh.check_batch(phase.batch_size, config.accumulate)
     sizes: WanConfig = task.model_config
-    shapes = abstract(lambda: WanModel(sizes, rngs=nnx.Rngs(0)))[1]
-    teacher = abstract(lambda: WanModel(task.teacher.config("transformer"), rngs=nnx.Rngs(0)))[1]
+    shapes = abstract_network(sizes)[1]
+    teacher = abstract_network(task.teacher.config("transformer"))[1]
     lora = task.lora
     trained: Any = {"generator": shapes}
     if lora is not None:

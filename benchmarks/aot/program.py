@@ -6,15 +6,13 @@ from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 
 from x2v_jax.diffusion.kv_cache import KVCache
 from x2v_jax.diffusion.rollout import Rollout
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.functional import abstract
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.networks import abstract_network
 
 _SIZES = {
     "1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
@@ -77,7 +75,7 @@ def compile_block(
 def make_rollout(case: Case) -> tuple[Rollout, Any]:
     """(a rollout at full size, its parameters in shapes)."""
     config = _SIZES[case.model]
-    graphdef, params = abstract(lambda: WanModel(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    graphdef, params = abstract_network(config, param_dtype=jnp.bfloat16)
     plan = RolloutPlan(_SIGMAS, block=_BLOCK, mode="sliding", window=case.window, sink=case.sink)
     return Rollout(graphdef, config, plan, _LATENT_SIZE, cache_dtype=case.cache_dtype), params
 

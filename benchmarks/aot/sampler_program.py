@@ -6,14 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from x2v_jax.diffusion.schedules import Loop, step_sigmas
 from x2v_jax.generate.denoise import Conditions, Denoiser
 from x2v_jax.generate.programs import Program
 from x2v_jax.models.config import ClipConfig, VaeConfig, WanConfig
-from x2v_jax.models.functional import abstract
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.networks import abstract_network
 
 CONFIGS: dict[str, Callable[[], WanConfig]] = {
     "T2V-1.3B": WanConfig.t2v_1_3b,
@@ -50,7 +48,7 @@ def sampler_program(
     options: dict[str, Any] = {"param_dtype": jnp.bfloat16}
     options |= {} if quantization is None else {"quantization": quantization}
     options |= {} if ops is None else {"ops": ops}
-    graphdef, params = abstract(lambda: WanModel(config, rngs=nnx.Rngs(0), **options))
+    graphdef, params = abstract_network(config, **options)
     sigmas = step_sigmas(STEP_LIST, SHIFT, warp=True)
     shape = (1, *latents, config.out_dim)
     programs = Denoiser(graphdef, loop=loop).programs(params, conditions(config, latents), shape, sigmas, watched=False)

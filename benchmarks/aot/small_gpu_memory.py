@@ -163,11 +163,9 @@ def _programs(case: Case, sizes: Sizes) -> list[Any]:
 
     wan = sizes.configs["transformer"]
     if case.phase == "text":
-        from x2v_jax.models import functional
-
         text = network("text_encoder")
         ids = jax.ShapeDtypeStruct((1, wan.text_len), jnp.int32)
-        encode = jax.jit(lambda params, ids, mask: functional.merge(text.graphdef, params)(ids, mask))
+        encode = text.jit(lambda encoder, ids, mask: encoder(ids, mask))
         return [Program("text encoder", encode, (text.shapes, ids, ids))]
     if case.phase == "image":
         return list(ImageConditioner(network("image_encoder"), VaeRunner(network("vae"))).programs(PIXELS))

@@ -23,8 +23,8 @@ from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.models.config import WanConfig
-from x2v_jax.models.functional import abstract, split
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import split
+from x2v_jax.models.networks import abstract_network, make_network
 
 NARROW = ("bfloat16", "int8", "int8_e4m3")
 _TOKENS, _WINDOW = 64, 9
@@ -68,7 +68,7 @@ def attention_errors(kind: str) -> list[float]:
 
 
 def rollout_errors(config: WanConfig, params: Any, size: tuple[int, int], text: jax.Array) -> list[float]:
-    graphdef, _ = abstract(lambda: WanModel(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graphdef, _ = abstract_network(config, dtype=jnp.float32)
     plan = RolloutPlan(_SIGMAS, block=3, mode="sliding", window=_WINDOW)
     noise, renoise = keyed_noise(jax.random.key(1))
 
@@ -82,7 +82,7 @@ def rollout_errors(config: WanConfig, params: Any, size: tuple[int, int], text: 
 
 
 def random_network() -> tuple[WanConfig, Any]:
-    params = jax.jit(lambda: split(WanModel(_RANDOM, rngs=nnx.Rngs(0)))[1])()
+    params = jax.jit(lambda: split(make_network(_RANDOM, rngs=nnx.Rngs(0)))[1])()
     # A new model's last layer is zero.
     head = params["head"]["linear"]
     head["kernel"] = 0.05 * jax.random.normal(jax.random.key(2), head["kernel"].shape)

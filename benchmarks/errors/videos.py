@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from benchmarks.errors.smooth import smoothed_params
 from benchmarks.tiny_world.sampling import ShapesModel
 from x2v_jax.checkpoint.quantize.calibration import Calibration
-from x2v_jax.models.functional import Params, abstract, flatten, unflatten
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import Params, flatten, unflatten
+from x2v_jax.models.networks import abstract_network
 from x2v_jax.ops.choice import OpChoice
 from x2v_jax.ops.linear_8bit import quantize_weight
 
@@ -58,18 +57,13 @@ class LowPrecisionModel(ShapesModel):
     def __init__(self, checkpoint: Any, variant: Variant, calibration: Calibration | None = None):
         super().__init__(checkpoint, "float32")
         config: Any = self.config("transformer")
-
-        def make() -> WanModel:
-            return WanModel(
-                config,
-                rngs=nnx.Rngs(0),
-                dtype=np.dtype(variant.dtype) if variant.dtype == "float32" else variant.dtype,
-                quantization=variant.quantization,  # pyright: ignore[reportArgumentType]
-                smoothed=variant.smoothed,
-                ops=variant.ops,
-            )
-
-        self._graphs["transformer"], shapes = abstract(make)
+        self._graphs["transformer"], shapes = abstract_network(
+            config,
+            dtype=np.dtype(variant.dtype) if variant.dtype == "float32" else variant.dtype,
+            quantization=variant.quantization,
+            smoothed=variant.smoothed,
+            ops=variant.ops,
+        )
         if variant.smoothed:
             assert variant.quantization is not None and calibration is not None
             self._params["transformer"] = smoothed_params(checkpoint, variant.quantization, calibration)

@@ -26,7 +26,6 @@ from x2v_jax.generate.denoise import Conditions, Denoiser
 from x2v_jax.generate.image import ImageConditioner
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.media.video import write_video
-from x2v_jax.models import functional
 from x2v_jax.ops.choice import OpChoice
 
 _FPS = 16
@@ -103,7 +102,7 @@ def encode_text(sizes: Models, parts: Parts, quantization: str | None) -> jax.Ar
     length = sizes.transformer.text_len
     ids = np.random.default_rng(0).integers(0, sizes.text.vocab_size, (1, length), np.int32)
     mask = (np.arange(length) < min(_PROMPT_TOKENS, length))[None].astype(np.int32)
-    encode = jax.jit(lambda params, ids, mask: functional.merge(network.graphdef, params)(ids, mask))
+    encode = network.jit(lambda encoder, ids, mask: encoder(ids, mask))
     params = jax.block_until_ready(network.load())
     text = parts("text", lambda: encode(params, ids, mask))
     network.release()

@@ -43,7 +43,7 @@ def _measure(path: pathlib.Path, cached: bool) -> Row:
         for file in files:
             _forget(file)
     tensors = checkpoint.tensors("transformer")
-    network = Network("transformer", checkpoint.config("transformer"), tensors, dtype="bfloat16")
+    network = Network.of(checkpoint, "transformer", dtype="bfloat16", tensors=tensors)
     begin = time.perf_counter()
     params = jax.block_until_ready(network.load())
     seconds = time.perf_counter() - begin

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.gpu.device import peak_bytes
 from benchmarks.gpu.parts import Parts
@@ -28,8 +27,8 @@ from train.loop import optimizer_of
 from train.state import Averaging, init_state, make_update
 from train.tasks.dmd import DmdTask
 from x2v_jax.models.config import Schedule
-from x2v_jax.models.functional import Params, abstract
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import Params
+from x2v_jax.models.networks import abstract_network
 
 RECIPES = {"dmd": "configs.train.wan_t2v_dmd", "self_forcing": "configs.train.wan_self_forcing"}
 
@@ -38,7 +37,7 @@ class RandomDmd(DmdTask):
     """The task with weights drawn on the device instead of read."""
 
     def load(self, checkpoint: Any, dtype: str) -> Params:
-        shapes = abstract(lambda: WanModel(self.model_config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))[1]
+        shapes = abstract_network(self.model_config, param_dtype=jnp.dtype(dtype))[1]
         return random_params(shapes)
 
     def one_batch(self, seed: int) -> Any:

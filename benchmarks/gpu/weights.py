@@ -9,23 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.generate.network import Network
 from x2v_jax.models import functional
-from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
-from x2v_jax.models.umt5 import Umt5Encoder
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.config import CONFIGS
+from x2v_jax.models.networks import abstract_network
 
-_MODELS: Mapping[type, tuple[str, Any]] = {
-    WanConfig: ("transformer", WanModel),
-    VaeConfig: ("vae", WanVae),
-    Umt5Config: ("text_encoder", Umt5Encoder),
-    ClipConfig: ("image_encoder", ClipVisionTower),
-}
 # Standard deviations of the values of 8-bit matrices.
 _INT8_SPREAD, _E4M3_SPREAD = 40.0, 100.0
 # A prime, so that rows of a matrix differ.
@@ -41,9 +31,9 @@ class RandomNetwork(Network):
     """
 
     def __init__(self, config: Any, *, seed: int = 0, dtype: str = "bfloat16", **options: Any):
-        component, model = _MODELS[type(config)]
+        component = next(name for name, of in CONFIGS.items() if type(config) is of)
         stored: dict[str, Any] = {} if component == "vae" else {"quantization": options.get("quantization")}
-        shapes = functional.abstract(lambda: model(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, **stored))[1]
+        shapes = abstract_network(config, param_dtype=jnp.bfloat16, **stored)[1]
         tensors: Any = {
             name: types.SimpleNamespace(shape=leaf.shape, dtype=np.dtype(leaf.dtype))
             for name, leaf in functional.flatten(shapes).items()

@@ -21,19 +21,9 @@ from x2v_jax.diffusion.flow import guided_velocity
 from x2v_jax.diffusion.noise import initial_noise, step_noise
 from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.media.pixels import to_uint8
-from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.functional import Params, abstract, merge
-from x2v_jax.models.umt5 import Umt5Encoder
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import Params, merge
+from x2v_jax.models.networks import abstract_network
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan
-
-_KINDS = {
-    "transformer": WanModel,
-    "text_encoder": Umt5Encoder,
-    "vae": WanVae,
-    "image_encoder": ClipVisionTower,
-}
 
 
 class ShapesModel:
@@ -55,7 +45,7 @@ class ShapesModel:
         for name in only:
             component_dtype = "float32" if name == "vae" else dtype
             self._params[name] = checkpoint.load(name, component_dtype)
-            self._graphs[name] = _graph(name, checkpoint.config(name), component_dtype)
+            self._graphs[name] = abstract_network(checkpoint.config(name), dtype=jnp.dtype(component_dtype))[0]
         self._encode_text = jax.jit(lambda params, ids, mask: self._merge("text_encoder", params)(ids, mask))
         self._decode = jax.jit(lambda params, latents: self._merge("vae", params).decode(latents))
         self._reconstruct = jax.jit(self._reconstruct_fn)
@@ -195,7 +185,3 @@ def _batches(count: int, size: int) -> Iterator[np.ndarray]:
     size = min(size, count)
     for first in range(0, count, size):
         yield np.minimum(np.arange(first, first + size), count - 1)
-
-
-def _graph(name: str, config: Any, dtype: str) -> nnx.GraphDef:
-    return abstract(lambda: _KINDS[name](config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))[0]

@@ -13,7 +13,6 @@ from small_checkpoints import official_folder, random_tensors, save
 from convert import arguments
 from convert.__main__ import main
 from x2v_jax.checkpoint.conversion import stream
-from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.published import export
 from x2v_jax.checkpoint.quantize import eight_bit
@@ -124,7 +123,7 @@ def test_a_polite_kill_removes_what_is_unfinished(tmp_path):
     official_folder(tmp_path / "src")
     script = f"""
 import sys, time
-from x2v_jax.checkpoint import native_writer
+from x2v_jax.checkpoint.native import writer as native_writer
 write = native_writer.write_model_json
 import x2v_jax.checkpoint.conversion.convert as convert
 def slow(*args, **kwargs):
@@ -142,12 +141,9 @@ sys.exit(main(["wan", {str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}]))
 
 
 def test_the_choices_are_those_of_the_library():
-    assert arguments.VARIANTS == VARIANTS
-    assert arguments.COMPONENTS == wan.COMPONENTS
     assert ("keep", *stream.DTYPES) == arguments.DTYPES
     assert arguments.LAYOUTS == export.LAYOUTS
     assert ("keep", "none", *eight_bit.WORDS) == arguments.QUANTIZE
-    assert arguments.QUANTIZABLE == wan.QUANTIZABLE
 
 
 def test_settings_are_json():

@@ -6,11 +6,9 @@ scored as a video that begins with their last picture (Self-Forcing's way with r
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from train.data.order import epoch_rows
@@ -18,8 +16,7 @@ from train.data.prompts import PromptCache
 from train.data.sources import Batch, Conditions, encode
 from train.data.trajectories import TrajectoryCache
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.models.functional import abstract, merge
-from x2v_jax.models.vae import WanVae
+from x2v_jax.generate.network import Network
 
 _AT_ONCE = 16
 
@@ -79,15 +76,9 @@ def open_continuations(
 
 
 def _last_images(checkpoint: NativeCheckpoint, latents: np.ndarray) -> np.ndarray:
-    config = checkpoint.config("vae")
-    graph, _ = abstract(lambda: WanVae(config, rngs=nnx.Rngs(0)))
-    params = checkpoint.load("vae", "float32")
-
-    @jax.jit
-    def last(params: Any, latents: Any) -> Any:
-        vae = merge(graph, params)
-        return vae.encode(vae.decode(latents)[:, -1:])[:, 0]
-
+    network = Network.of(checkpoint, "vae", dtype="float32", quantized=False)
+    params = network.load()
+    last = network.jit(lambda vae, latents: vae.encode(vae.decode(latents)[:, -1:])[:, 0])
     parts = []
     for i in tqdm(range(0, len(latents), _AT_ONCE), desc="encoding last pictures", unit="batch"):
         rows = np.minimum(np.arange(i, i + _AT_ONCE), len(latents) - 1)

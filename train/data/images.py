@@ -153,6 +153,5 @@ def _conditioner(checkpoint: "NativeCheckpoint", compute: str) -> Any:
     from x2v_jax.generate.image import ImageConditioner
     from x2v_jax.generate.network import Network
 
-    config, tensors = checkpoint.config("image_encoder"), checkpoint.tensors("image_encoder")
-    clip = Network("image_encoder", config, tensors, dtype=compute)
+    clip = Network.of(checkpoint, "image_encoder", dtype=compute)
     return ImageConditioner(clip, make_vae_runner(checkpoint))

@@ -164,7 +164,7 @@ def make_vae_runner(checkpoint: "NativeCheckpoint") -> Any:
     from x2v_jax.generate.network import Network
     from x2v_jax.generate.vae import VaeRunner
 
-    return VaeRunner(Network("vae", checkpoint.config("vae"), checkpoint.tensors("vae"), dtype="float32"))
+    return VaeRunner(Network.of(checkpoint, "vae", dtype="float32"))
 
 
 def fill(

@@ -163,27 +163,24 @@ class _Encoder:
     """Texts -> the rows of their real tokens, float32."""
 
     def __init__(self, checkpoint: "NativeCheckpoint", text_len: int, compute: str, batch_size: int):
-        import jax
-
         from x2v_jax.generate.network import Network
         from x2v_jax.generate.tokenizer import Tokenizer
-        from x2v_jax.models import functional
 
         file = checkpoint.tokenizer_file()
         if file is None:
             raise UserError(f"{checkpoint.path} has no tokenizer; convert it again with the folder that has one")
         self._tokenizer = Tokenizer.from_file(file, text_len)
-        config, tensors = checkpoint.config("text_encoder"), checkpoint.tensors("text_encoder")
+        config = checkpoint.config("text_encoder")
         if self._tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer {file} knows {self._tokenizer.vocab_size} tokens and the text encoder "
                 f"{config.vocab_size}; convert the checkpoint again with the right tokenizer.json"
             )
-        network = Network("text_encoder", config, tensors, dtype=compute)
+        network = Network.of(checkpoint, "text_encoder", dtype=compute)
         self._params = network.load()
         self._batch_size = batch_size
         self._precision = "highest" if compute == "float32" else None
-        self._encode = jax.jit(lambda params, ids, mask: functional.merge(network.graphdef, params)(ids, mask))
+        self._encode = network.jit(lambda encoder, ids, mask: encoder(ids, mask))
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         import jax

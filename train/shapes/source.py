@@ -5,16 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from train.data.sources import Source, encode
 from train.shapes import world
 from train.shapes.latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
-from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.functional import abstract, merge
-from x2v_jax.models.vae import WanVae
+from x2v_jax.generate.network import Network
 
 _IMAGES_AT_ONCE, _SCENES_AT_ONCE = 32, 256
 
@@ -85,9 +82,8 @@ def encode_frames(checkpoint: NativeCheckpoint, frames: np.ndarray) -> FirstFram
 
 
 def _encoder(checkpoint: NativeCheckpoint) -> tuple[Any, Any]:
-    config = checkpoint.config("vae")
-    graph, _ = abstract(lambda: WanVae(config, rngs=nnx.Rngs(0)))
-    return checkpoint.load("vae", "float32"), jax.jit(lambda params, video: merge(graph, params).encode(video))
+    network = Network.of(checkpoint, "vae", dtype="float32", quantized=False)
+    return network.load(), network.jit(lambda vae, video: vae.encode(video))
 
 
 def video_captions(count: int, seed: int) -> list[str]:
@@ -100,13 +96,11 @@ def video_captions(count: int, seed: int) -> list[str]:
 
 def image_features(checkpoint: NativeCheckpoint, frames: np.ndarray) -> np.ndarray:
     """CLIP features float32 [N, 1 + patches, D] of frames uint8 [N, H, W, 3]."""
-    config = checkpoint.config("image_encoder")
-    graph, _ = abstract(lambda: ClipVisionTower(config, rngs=nnx.Rngs(0), dtype=np.float32))
-    params = checkpoint.load("image_encoder", "float32")
-    run = jax.jit(lambda params, pixels: merge(graph, params)(pixels))
+    network = Network.of(checkpoint, "image_encoder", dtype="float32", quantized=False)
+    params, run, size = network.load(), network.jit(lambda clip, pixels: clip(pixels)), network.config.image_size
     parts = []
     for i in range(0, len(frames), _IMAGES_AT_ONCE):
-        pixels = np.stack([clip_pixels(frame, config.image_size) for frame in frames[i : i + _IMAGES_AT_ONCE]])
+        pixels = np.stack([clip_pixels(frame, size) for frame in frames[i : i + _IMAGES_AT_ONCE]])
         parts.append(np.asarray(run(params, pixels)))
     return np.concatenate(parts)
 

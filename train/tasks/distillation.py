@@ -20,10 +20,10 @@ from x2v_jax.checkpoint.lora.write import DIALECTS, write_lora
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint, save_native
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError
+from x2v_jax.generate.network import Network
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
-from x2v_jax.models.functional import Params, abstract, flatten, merge
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.functional import Params, flatten
+from x2v_jax.models.networks import abstract_network
 
 
 class Distillation:
@@ -46,7 +46,6 @@ class Distillation:
         self.student = open_checkpoint(config.student) if config.student else self.teacher
         self.model_config = _same_kind(self.teacher, self.student)
         self.vae_config: VaeConfig = self.teacher.config("vae")
-        self.vae_graph = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))[0]
         self.shape = latent_shape(config.size, self.vae_config, self.model_config)
         schedule = config.student_schedule
         self.sigmas = tuple(
@@ -69,7 +68,7 @@ class Distillation:
         """The student's weights, or with config.lora the pairs beside them."""
         if self.lora is None:
             return {"generator": self.load(self.student, "float32")}
-        shapes = abstract(lambda: WanModel(self.model_config, rngs=nnx.Rngs(0)))[1]
+        shapes = abstract_network(self.model_config)[1]
         return {"generator": init_lora(shapes, self.lora, key)}
 
     def transformer(self, params: Params, frozen: Any) -> Params:
@@ -151,11 +150,15 @@ class Distillation:
         return self._sampler(params, batch, keys, jnp.int32(len(self.sigmas) - 1))
 
     @functools.cached_property
+    def vae(self) -> Network[VaeConfig]:
+        """The teacher's VAE, in float32."""
+        return Network.of(self.teacher, "vae", dtype="float32", quantized=False)
+
+    @functools.cached_property
     def decode(self) -> Any:
         """latents [B, f, h, w, C] -> video [B, F, H, W, 3] in [-1, 1]."""
-        params = self.teacher.load("vae", "float32")
-        decode = jax.jit(lambda params, latents: merge(self.vae_graph, params).decode(latents))
-        return lambda latents: decode(params, latents)
+        decode = self.vae.jit(lambda vae, latents: vae.decode(latents))
+        return lambda latents: decode(self.vae.load(), latents)
 
     @property
     def on_shapes(self) -> bool:
@@ -166,8 +169,7 @@ class Distillation:
         return checkpoint.load("transformer", dtype)
 
     def _graph(self, config: WanConfig, dtype: str, remat: str = "none") -> nnx.GraphDef:
-        make = lambda: WanModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat)  # type: ignore[arg-type] # noqa: E731
-        return abstract(make)[0]
+        return abstract_network(config, dtype=jnp.dtype(dtype), remat=remat)[0]
 
     def _make_rollout(self, graph: nnx.GraphDef) -> Rollout:
         rollout: Rollout

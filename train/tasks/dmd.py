@@ -49,7 +49,7 @@ class DmdTask(Distillation):
     def frozen(self) -> Any:
         frozen = super().frozen | {"teacher": self.load(self.teacher, self.config.teacher_dtype)}
         if any(phase.get("own_share", 0.0) for phase in self.config.phases):
-            frozen["vae"] = self.teacher.load("vae", "float32")
+            frozen["vae"] = self.vae.load()
         return frozen
 
     def init(self, key: jax.Array) -> dict[str, Params]:
@@ -136,7 +136,7 @@ class DmdTask(Distillation):
         if batch.following is None:
             return batch
         keys = sample_keys(jax.random.fold_in(key, 3), batch.sample)
-        vae = merge(self.vae_graph, frozen["vae"])
+        vae = merge(self.vae.graphdef, frozen["vae"])
 
         def conditions(number: jax.Array) -> Conditions:
             return jax.tree.map(lambda a, b: jnp.where(number % 2 == 0, a, b), batch.conditions, batch.following)

@@ -7,8 +7,6 @@ never dropped.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +34,10 @@ from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
 from x2v_jax.errors import UserError
-from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.config import ClipConfig, Schedule, Umt5Config, VaeConfig, WanConfig
-from x2v_jax.models.functional import Params, abstract, flatten, merge, split, unflatten
-from x2v_jax.models.umt5 import Umt5Encoder
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
+from x2v_jax.generate.network import Network
+from x2v_jax.models.config import ClipConfig, Config, Schedule, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.functional import Params, flatten, merge, split, unflatten
+from x2v_jax.models.networks import abstract_network, make_network
 
 
 class ImageBatch(NamedTuple):
@@ -69,13 +65,13 @@ class FlowMatchingTask(SingleRoleTask):
         self.with_image = self.model_config.model_type == "i2v"
         self.clip_config = ClipConfig(**config.image_encoder.to_dict()) if self.with_image else None
         self.dtype = jnp.dtype(config.dtype)
-        self.graphs = _graphs(self._networks(), self.dtype)
+        self.graphs = {name: abstract_network(of, dtype=self.dtype)[0] for name, of in self.configs.items()}
         checkpoint = open_checkpoint(config.vae)
         self.vae_config: VaeConfig = checkpoint.config("vae")
-        self.vae_graph, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
-        self.vae_params = checkpoint.load("vae", "float32")
+        self.vae = Network.of(checkpoint, "vae", dtype="float32", quantized=False)
+        self.vae_params = self.vae.load()
         self._sample = jax.jit(self._sample_impl)
-        self._encode_video = jax.jit(lambda params, video: merge(self.vae_graph, params).encode(video))
+        self._encode_video = self.vae.jit(lambda vae, video: vae.encode(video))
         self._data: ShapesLatents | None = None
         self._frames: FirstFrames | None = None
 
@@ -149,11 +145,10 @@ class FlowMatchingTask(SingleRoleTask):
 
     def export(self, params: Params, path: pathlib.Path, *, overwrite: bool = False) -> None:
         """Everything that `python -m infer` needs, in 16 bits where that costs nothing visible."""
-        configs = {"transformer": self.model_config, "text_encoder": self.text_config}
-        if self.clip_config is not None:
-            configs["image_encoder"] = self.clip_config
         dtype = jnp.dtype(self.config.export_dtype)
-        components = {name: (config, _flat_numpy(params[name], dtype)) for name, config in configs.items()}
+        components: dict[str, tuple[Config, dict[str, np.ndarray]]] = {
+            name: (config, _flat_numpy(params[name], dtype)) for name, config in self.configs.items()
+        }
         references = {}
         if self.config.share_vae:
             references["vae"] = relative_reference(pathlib.Path(self.config.vae), path)
@@ -181,22 +176,21 @@ class FlowMatchingTask(SingleRoleTask):
         )
         tokenizer_file.unlink()
 
-    def _networks(self) -> dict[str, Callable[..., nnx.Module]]:
-        """How to make what is trained. The keywords are those that every network has."""
-        networks: dict[str, Callable[..., nnx.Module]] = {
-            "transformer": partial(WanModel, self.model_config),
-            "text_encoder": partial(Umt5Encoder, self.text_config),
-        }
+    @property
+    def configs(self) -> dict[str, Config]:
+        """The sizes of what is trained, by component."""
+        configs: dict[str, Config] = {"transformer": self.model_config, "text_encoder": self.text_config}
         if self.clip_config is not None:
-            networks["image_encoder"] = partial(ClipVisionTower, self.clip_config)
-        return networks
+            configs["image_encoder"] = self.clip_config
+        return configs
 
     def _new(self, key: jax.Array) -> Params:
-        networks = self._networks()
-
         def make(key: jax.Array) -> Params:
-            keys = jax.random.split(key, len(networks))
-            return {name: split(of(rngs=nnx.Rngs(k)))[1] for (name, of), k in zip(networks.items(), keys, strict=True)}
+            keys = jax.random.split(key, len(self.configs))
+            return {
+                name: split(make_network(config, rngs=nnx.Rngs(k)))[1]
+                for (name, config), k in zip(self.configs.items(), keys, strict=True)
+            }
 
         return jax.jit(make)(key)
 
@@ -206,18 +200,13 @@ class FlowMatchingTask(SingleRoleTask):
         params, start = self._new(key), checkpoint.config("transformer")
         widens = self.with_image and start.model_type == "t2v"
         image_sizes = {name: getattr(self.model_config, name) for name in ("model_type", "in_dim", "clip_dim")}
-        ours = {
-            "transformer": self.model_config,
-            "text_encoder": self.text_config,
-            "image_encoder": self.clip_config,
-        }
         for name in params:
             if widens and name == "image_encoder":
                 continue
-            theirs = checkpoint.config(name)
+            theirs: Config = checkpoint.config(name)
             if widens and name == "transformer":
-                theirs = dataclasses.replace(theirs, **image_sizes)
-            if theirs != ours[name]:
+                theirs = dataclasses.replace(start, **image_sizes)
+            if theirs != self.configs[name]:
                 raise UserError(f"config.init_from={path} has a {name} of other sizes ({theirs}); give one of the same")
             loaded = checkpoint.load(name, "float32")
             params[name] = add_image_input(params[name], loaded) if widens and name == "transformer" else loaded
@@ -263,7 +252,7 @@ class FlowMatchingTask(SingleRoleTask):
             conditional, unconditional = jnp.split(answers, 2)
             return guided_velocity(unconditional, conditional, self.config.guidance_scale)
 
-        return merge(self.vae_graph, vae_params).decode(unipc.sample(velocity, noise, table))
+        return merge(self.vae.graphdef, vae_params).decode(unipc.sample(velocity, noise, table))
 
     def _dataset(self) -> ShapesLatents:
         if self._data is None:
@@ -302,10 +291,6 @@ def add_image_input(params: Params, loaded: Params) -> Params:
     # Attention to the image adds nothing until it has learnt to.
     flat["blocks.cross_attn.v_img.kernel"] = jnp.zeros_like(flat["blocks.cross_attn.v_img.kernel"])
     return unflatten(flat)
-
-
-def _graphs(networks: Mapping[str, Callable[..., nnx.Module]], dtype: Any) -> dict[str, Any]:
-    return {name: abstract(lambda of=of: of(rngs=nnx.Rngs(0), dtype=dtype))[0] for name, of in networks.items()}
 
 
 def _flat_numpy(params: Params, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:

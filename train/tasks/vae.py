@@ -18,7 +18,8 @@ from train.pictures import save_grid
 from train.shapes import world
 from x2v_jax.checkpoint.native.reader import save_native
 from x2v_jax.models.config import Schedule, VaeConfig
-from x2v_jax.models.functional import Params, abstract, flatten, merge, split
+from x2v_jax.models.functional import Params, flatten, merge, split
+from x2v_jax.models.networks import abstract_network
 from x2v_jax.models.vae import WanVae
 
 
@@ -30,7 +31,7 @@ class VaeTask(SingleRoleTask):
         self.vae_config = VaeConfig.from_dict(
             {**config.model.to_dict(), "latents_mean": plain[0], "latents_std": plain[1]}
         )
-        self.graphdef, _ = abstract(lambda: WanVae(self.vae_config, rngs=nnx.Rngs(0)))
+        self.graphdef, _ = abstract_network(self.vae_config)
         self._reconstruct = jax.jit(
             lambda params, video: self._module(params).decode(self._module(params).encode(video))
         )

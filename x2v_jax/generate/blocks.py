@@ -26,6 +26,7 @@ from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.vae import StreamDecoder, VaeRunner
 from x2v_jax.media.latents_file import LatentsFile
+from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params
 from x2v_jax.request import earlier_video
 from x2v_jax.request.causal import pixel_frames
@@ -62,7 +63,7 @@ class BlockStreamer:
         not_finite: where ("of block 3") -> the error for latents that are NaN or infinite there.
     """
 
-    def __init__(self, transformer: Network, vae: VaeRunner, not_finite: Callable[[str], UserError]):
+    def __init__(self, transformer: Network[WanConfig], vae: VaeRunner, not_finite: Callable[[str], UserError]):
         self._transformer, self._vae, self._not_finite = transformer, vae, not_finite
         self._rollouts: dict[tuple[RolloutPlan, tuple[int, int], str], Rollout] = {}
         self._is_finite = jax.jit(lambda latents: jnp.isfinite(latents).all())

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -14,6 +14,7 @@ from x2v_jax.generate.image import ImageConditioner
 from x2v_jax.generate.network import Lora, Network, describe_networks
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.models.config import ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.ops import support
 from x2v_jax.request.options import RunOptions
 
@@ -44,7 +45,17 @@ class Components:
         self._prompts: PromptEncoder | None = None
         self._images: ImageConditioner | None = None
 
-    def network(self, name: str) -> Network:
+    @overload
+    def network(self, name: Literal["transformer"]) -> Network[WanConfig]: ...
+    @overload
+    def network(self, name: Literal["vae"]) -> Network[VaeConfig]: ...
+    @overload
+    def network(self, name: Literal["text_encoder"]) -> Network[Umt5Config]: ...
+    @overload
+    def network(self, name: Literal["image_encoder"]) -> Network[ClipConfig]: ...
+    @overload
+    def network(self, name: str) -> Network[Config]: ...
+    def network(self, name: str) -> Network[Any]:
         """
         Raises:
             UserError: the checkpoint lacks it.

@@ -12,6 +12,7 @@ from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.models import functional
+from x2v_jax.models.config import ClipConfig
 
 
 class ImageConditioner:
@@ -22,10 +23,10 @@ class ImageConditioner:
         vae: encodes the first frame.
     """
 
-    def __init__(self, clip: Network, vae: VaeRunner):
+    def __init__(self, clip: Network[ClipConfig], vae: VaeRunner):
         self.clip = clip
         self.vae = vae
-        self._encode = jax.jit(lambda params, pixels: functional.merge(clip.graphdef, params)(pixels))
+        self._encode = clip.jit(lambda tower, pixels: tower(pixels))
         self._condition = jax.jit(self._condition_fn, static_argnames="frames")
 
     def __call__(

@@ -3,40 +3,31 @@
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora import merge
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.names.smoothing import is_smoothed
+from x2v_jax.checkpoint.native.load import load_tensors
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.checkpoint.quantize.eight_bit import quantization_of
 from x2v_jax.memory.predict import device_dtype
 from x2v_jax.models import functional
-from x2v_jax.models.clip import ClipVisionTower
+from x2v_jax.models.config import COMPONENTS, ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.host_blocks import with_blocks_on_host
-from x2v_jax.models.umt5 import Umt5Encoder
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
+from x2v_jax.models.networks import make_network
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
-
-_NETWORKS: Mapping[str, Callable[..., Any]] = {
-    "transformer": WanModel,
-    "vae": WanVae,
-    "text_encoder": Umt5Encoder,
-    "image_encoder": ClipVisionTower,
-}
 
 # A file, or a file and the strength that it is merged with.
 Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
-class Network:
+class Network[C: Config]:
     """A network whose weights come and go.
 
     Args:
@@ -53,7 +44,7 @@ class Network:
     def __init__(
         self,
         component: str,
-        config: object,
+        config: C,
         tensors: Mapping[str, LazyTensor],
         *,
         dtype: str,
@@ -62,7 +53,6 @@ class Network:
         ops: OpChoice = DEFAULT_OPS,
         blocks_on_host: bool = False,
     ):
-        make = _NETWORKS[component]
         self.component = component
         self.config = config
         self.quantization = quantization = quantization or quantization_of(tensors)
@@ -76,11 +66,59 @@ class Network:
             options["smoothed"] = is_smoothed(tensors)
 
         def network() -> nnx.Module:
-            made = make(self.config, rngs=nnx.Rngs(0), **options)  # the numbers are never drawn
+            made = make_network(self.config, rngs=nnx.Rngs(0), **options)  # the numbers are never drawn
             return with_blocks_on_host(made) if blocks_on_host else made
 
         self.graphdef, _ = functional.abstract(network)
         self._params: functional.Params | None = None
+
+    @overload
+    @classmethod
+    def of(
+        cls, checkpoint: NativeCheckpoint, component: Literal["transformer"], **options: Any
+    ) -> "Network[WanConfig]": ...
+    @overload
+    @classmethod
+    def of(cls, checkpoint: NativeCheckpoint, component: Literal["vae"], **options: Any) -> "Network[VaeConfig]": ...
+    @overload
+    @classmethod
+    def of(
+        cls, checkpoint: NativeCheckpoint, component: Literal["text_encoder"], **options: Any
+    ) -> "Network[Umt5Config]": ...
+    @overload
+    @classmethod
+    def of(
+        cls, checkpoint: NativeCheckpoint, component: Literal["image_encoder"], **options: Any
+    ) -> "Network[ClipConfig]": ...
+    @overload
+    @classmethod
+    def of(cls, checkpoint: NativeCheckpoint, component: str, **options: Any) -> "Network[Config]": ...
+    @classmethod
+    def of(
+        cls,
+        checkpoint: NativeCheckpoint,
+        component: str,
+        *,
+        dtype: str,
+        tensors: Mapping[str, LazyTensor] | None = None,
+        quantized: bool = True,
+        **options: Any,
+    ) -> "Network[Any]":
+        """A network of a checkpoint.
+
+        Args:
+            tensors: in place of the checkpoint's own.
+            quantized: whether the caller runs 8-bit weights too.
+            options: see `Network`.
+
+        Raises:
+            UserError: the component is missing or damaged; or it is 8-bit and `quantized` is not set.
+        """
+        if not quantized:
+            checkpoint.require_floats(component)
+        tensors = checkpoint.tensors(component) if tensors is None else tensors
+        stored = checkpoint.quantization(component)
+        return Network(component, checkpoint.config(component), tensors, dtype=dtype, quantization=stored, **options)
 
     @property
     def is_loaded(self) -> bool:
@@ -98,20 +136,18 @@ class Network:
             UserError: a weight is stored in a type that is not a plain float.
         """
         if self._params is None:
-            placed = {name: self._place(name, tensor) for name, tensor in self._tensors.items()}
-            self._params = functional.unflatten(placed)
+            targets = {name: self._shape(name, tensor) for name, tensor in self._tensors.items()}
+            self._params = load_tensors(self._tensors, targets)
         return self._params
+
+    def jit(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the network and inputs -> the program of parameters, as `load` gives them, and inputs."""
+        return jax.jit(lambda params, *inputs: call(functional.merge(self.graphdef, params), *inputs))
 
     def release(self) -> None:
         """Lets the device have its memory back; a later `load` reads the file again."""
         self._params = None
         gc.collect()
-
-    def _place(self, name: str, tensor: LazyTensor) -> jax.Array:
-        shape = self._shape(name, tensor)
-        values = tensor.read()
-        # Cast on the host, so that the device never holds a weight twice; one at a time, so that neither does the host.
-        return jax.device_put(np.asarray(values, shape.dtype), shape.sharding).block_until_ready()
 
     def _shape(self, name: str, tensor: LazyTensor) -> jax.ShapeDtypeStruct:
         dtype = device_dtype(self.component, name, tensor.dtype, self.dtype)
@@ -129,7 +165,7 @@ def describe_networks(
     vae_dtype: str = "float32",
     ops: OpChoice = DEFAULT_OPS,
     offload: str = "none",
-) -> tuple[dict[str, Network], merge.LoraReport | None]:
+) -> tuple[dict[str, Network[Config]], merge.LoraReport | None]:
     """The networks that a checkpoint has, by component, none of them loaded; LoRAs are merged into the transformer.
 
     Args:
@@ -139,22 +175,17 @@ def describe_networks(
     Raises:
         UserError: the checkpoint is damaged, or a LoRA does not fit it.
     """
-    networks, report = {}, None
-    for name in (name for name in _NETWORKS if checkpoint.has(name)):
+    networks: dict[str, Network[Config]] = {}
+    report = None
+    for name in filter(checkpoint.has, COMPONENTS):
         tensors = checkpoint.tensors(name)
         if name == "transformer" and loras:
             files = [(merge.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
             rows = wan.table(name, checkpoint.config(name))
             tensors, report = merge.merge_into_native(tensors, files, rows)
-        networks[name] = Network(
-            name,
-            checkpoint.config(name),
-            tensors,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            quantization=checkpoint.quantization(name),
-            ops=ops,
-            blocks_on_host=offload == "blocks" and name == "transformer",
+        on_host = offload == "blocks" and name == "transformer"
+        networks[name] = Network.of(
+            checkpoint, name, dtype=dtype, tensors=tensors, vae_dtype=vae_dtype, ops=ops, blocks_on_host=on_host
         )
     return networks, report
 

@@ -14,7 +14,7 @@ from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.tokenizer import Tokenizer
-from x2v_jax.models import functional
+from x2v_jax.models.config import Umt5Config
 
 Embedding = Float[np.ndarray, "l d"]
 # At full size a whole embedding is 8 MB; kept without its padding, a usual prompt is 1 MB.
@@ -30,13 +30,13 @@ class PromptEncoder:
         text_len: tokens that the transformer reads; longer prompts are cut, with a warning.
     """
 
-    def __init__(self, checkpoint: NativeCheckpoint, network: Network, text_len: int):
+    def __init__(self, checkpoint: NativeCheckpoint, network: Network[Umt5Config], text_len: int):
         self.network = network
         self._checkpoint = checkpoint
         self._text_len = text_len
         self._tokenizer: Tokenizer | None = None
         self._known: OrderedDict[str, Embedding] = OrderedDict()
-        self._encode = jax.jit(lambda params, ids, mask: functional.merge(network.graphdef, params)(ids, mask))
+        self._encode = network.jit(lambda encoder, ids, mask: encoder(ids, mask))
 
     def __call__(self, prompts: Sequence[str], clock: Clock) -> list[Embedding]:
         """float32 [text_len, D] of each prompt, zero past its end. The encoder is loaded only for new prompts.

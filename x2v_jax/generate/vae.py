@@ -14,6 +14,7 @@ from x2v_jax.media.pixels import to_uint8
 from x2v_jax.memory import device
 from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models import functional
+from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae import Cache
 from x2v_jax.models.vae_tiling import TILE, decode_tiled
 
@@ -32,7 +33,7 @@ class VaeRunner:
         available: bytes of the device's memory that there are, where not the device is to say so.
     """
 
-    def __init__(self, network: Network, method: DecodeMethod = "auto", available: int | None = None):
+    def __init__(self, network: Network[VaeConfig], method: DecodeMethod = "auto", available: int | None = None):
         self.network = network
         self.method = method
         self._available = available

@@ -14,7 +14,7 @@ import numpy as np
 
 from x2v_jax.errors import UserError
 from x2v_jax.memory import vae as vae_memory
-from x2v_jax.models.config import ClipConfig, Umt5Config, WanConfig
+from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Umt5Config, WanConfig
 
 # Attention without a fused kernel makes scores in chunks of at most this size.
 _MAX_SCORES = 1 << 28
@@ -27,14 +27,12 @@ _BLOCKS_AT_ONCE = 2
 _EXACT = ("patch_embedding.", "time_embedding.", "time_projection.", "head.")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS = {np.dtype(t) for t in (np.float16, np.float32, np.float64)} | {_BFLOAT16}
-_EIGHT_BIT = {np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn)}
-# Networks whose blocks' matrices the converter can bring to 8 bits.
-_QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
+_EIGHT_BIT = {np.dtype(name) for name in QUANTIZATIONS}
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """What `plan` asks of a checkpoint; `checkpoint.store.NativeCheckpoint` answers it."""
+    """What `plan` asks of a checkpoint; `checkpoint.native.reader.NativeCheckpoint` answers it."""
 
     def has(self, component: str) -> bool: ...
     def tensors(self, component: str) -> Mapping[str, Any]: ...
@@ -102,7 +100,7 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
         UserError: the file holds something that is neither a plain float nor an 8-bit matrix of the blocks.
     """
     stored = np.dtype(stored)
-    if stored in _EIGHT_BIT and component in _QUANTIZABLE and name.endswith(".weight"):
+    if stored in _EIGHT_BIT and component in QUANTIZABLE and name.endswith(".weight"):
         return stored
     if stored not in _FLOATS:
         raise UserError(
@@ -215,7 +213,7 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: 
         if not name.startswith(within):
             continue
         shape, itemsize = tensor.shape, device_dtype(component, name, tensor.dtype, dtype).itemsize
-        if quantized and component in _QUANTIZABLE and name.startswith("blocks.") and name.endswith(".kernel"):
+        if quantized and component in QUANTIZABLE and name.startswith("blocks.") and name.endswith(".kernel"):
             total += math.prod(shape) + 4 * math.prod(shape) // shape[-2]
         else:
             total += math.prod(shape) * itemsize

@@ -195,3 +195,13 @@ class Schedule(_FromDict):
 
 
 VARIANTS = ("base", "distill", "causvid", "self_forcing")
+
+Config = WanConfig | VaeConfig | Umt5Config | ClipConfig
+
+# The networks of a checkpoint, as model.json names them, and what says their sizes.
+COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
+CONFIGS = {"transformer": WanConfig, "vae": VaeConfig, "text_encoder": Umt5Config, "image_encoder": ClipConfig}
+
+# 8-bit types of weights, as model.json names them, and the networks whose blocks' matrices can be so.
+QUANTIZATIONS = ("int8", "float8_e4m3fn")
+QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")

@@ -171,9 +171,7 @@ def _channels_last(path: object, name: str, tensor: LazyTensor, shape: tuple[int
     return np.moveaxis(tensor.read(), 0, -1)
 
 
-def _from_video(
-    path: object, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]
-) -> EarlierVideo:
+def _from_video(path: File, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]) -> EarlierVideo:
     stride = vae.temporal_stride
     frames, total = _last_frames(path, stride * (count - 1) + 1)
     height, width = frames.shape[1:3]

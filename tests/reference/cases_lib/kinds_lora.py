@@ -9,6 +9,7 @@ from tests.reference.cases_lib.weights import to_native
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into, merge_into_native
 from x2v_jax.checkpoint.names import wan
+from x2v_jax.models.config import WanConfig
 
 
 def lora(case: Case) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def lora(case: Case) -> dict[str, Any]:
     """
     loras = [(LoraFile.open(case.inputs_path), float(case.config["strength"]))]
     official, _ = merge_into({key: _lazy(array) for key, array in case.weights.items()}, loras)
-    rows = wan.table("transformer", wan.CONFIGS["transformer"].from_dict(case.config))
+    rows = wan.table("transformer", WanConfig.from_dict(case.config))
     native, _ = merge_into_native({row.native: _lazy(to_native(row, case.weights)) for row in rows}, loras, rows)
     merged = {}
     for row in rows:

@@ -11,14 +11,9 @@ from flax import nnx
 from tests.reference.cases_lib.case import Case
 from tests.reference.cases_lib.weights import to_native
 from x2v_jax.checkpoint.names import wan
-from x2v_jax.models.clip import ClipVisionTower
-from x2v_jax.models.config import WanConfig
-from x2v_jax.models.functional import Params, abstract, flatten, merge, unflatten
-from x2v_jax.models.umt5 import Umt5Encoder
-from x2v_jax.models.vae import WanVae
-from x2v_jax.models.wan import WanModel
-
-_MODELS = {"transformer": WanModel, "vae": WanVae, "text_encoder": Umt5Encoder, "image_encoder": ClipVisionTower}
+from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.functional import Params, flatten, merge, unflatten
+from x2v_jax.models.networks import abstract_network
 
 
 def dit(case: Case) -> dict[str, Any]:
@@ -41,7 +36,7 @@ def dit(case: Case) -> dict[str, Any]:
 
 def vae(case: Case) -> dict[str, Any]:
     """latents of a video, video of latents, and the latents of the first frame by itself."""
-    config = wan.CONFIGS["vae"].from_dict(case.config)
+    config = VaeConfig.from_dict(case.config)
     graphdef, params = load_network("vae", config, case.weights)
     encode = jax.jit(lambda params, video: merge(graphdef, params).encode(video))
     decode = jax.jit(lambda params, latents: merge(graphdef, params).decode(latents))
@@ -55,14 +50,14 @@ def vae(case: Case) -> dict[str, Any]:
 
 def umt5(case: Case) -> dict[str, Any]:
     """hidden [B,L,D] of the text encoder, zero past the mask."""
-    graphdef, params = load_network("text_encoder", wan.CONFIGS["text_encoder"].from_dict(case.config), case.weights)
+    graphdef, params = load_network("text_encoder", Umt5Config.from_dict(case.config), case.weights)
     ids, mask = (jnp.asarray(case.inputs[name], jnp.int32) for name in ("ids", "mask"))
     return {"hidden": jax.jit(lambda params: merge(graphdef, params)(ids, mask))(params)}
 
 
 def clip(case: Case) -> dict[str, Any]:
     """features [B,1+N,D] of the visual tower after all blocks but the last."""
-    config = wan.CONFIGS["image_encoder"].from_dict(case.config)
+    config = ClipConfig.from_dict(case.config)
     graphdef, params = load_network("image_encoder", config, case.weights)
     pixels = jnp.moveaxis(jnp.asarray(case.inputs["pixels"]), 1, -1)
     return {"features": jax.jit(lambda params: merge(graphdef, params)(pixels))(params)}
@@ -79,7 +74,7 @@ def load_network(component: str, config: Any, weights: dict[str, np.ndarray]) ->
     if keys != set(weights):
         raise ValueError(f"{component}: missing {sorted(keys - set(weights))}, left over {sorted(set(weights) - keys)}")
     flat = {row.native: jnp.asarray(to_native(row, weights), jnp.float32) for row in rows}
-    graphdef, expected = abstract(lambda: _MODELS[component](config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graphdef, expected = abstract_network(config, dtype=jnp.float32)
     shapes = {name: leaf.shape for name, leaf in flatten(expected).items()}
     if shapes != {name: array.shape for name, array in flat.items()}:
         raise ValueError(f"{component}: the table of names does not describe the network {shapes}")

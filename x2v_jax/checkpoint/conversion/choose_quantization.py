@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 
 from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.names.wan import QUANTIZABLE, table
+from x2v_jax.checkpoint.names.wan import table
 from x2v_jax.checkpoint.published.open import PublishedNetwork
 from x2v_jax.checkpoint.quantize.eight_bit import WORDS
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import QUANTIZABLE
 
 
 def choose_quantization(opened: Mapping[str, PublishedNetwork], options: ConversionOptions) -> dict[str, str | None]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.names.wan import QUANTIZABLE
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.checkpoint.published.layouts import NetworkFiles, recognise
 from x2v_jax.checkpoint.published.open import PublishedNetwork, open_native, open_source
 from x2v_jax.checkpoint.published.select import select
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import QUANTIZABLE
 
 # Of all networks: what their matrices are made by. The rest of a config is not told by every layout.
 _SIZES = (

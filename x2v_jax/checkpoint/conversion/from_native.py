@@ -9,10 +9,10 @@ from x2v_jax.checkpoint.conversion.stream import Findings
 from x2v_jax.checkpoint.files.arrays import has_nonfinite, row_pieces
 from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.names.smoothing import GROUPS
-from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.checkpoint.published.open import PublishedNetwork, open_native
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import COMPONENTS
 
 # What can be asked of a checkpoint whose transformer is smoothed.
 _FOR_SMOOTHED = (

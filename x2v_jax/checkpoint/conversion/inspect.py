@@ -11,13 +11,13 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import without_advice
 from x2v_jax.checkpoint.lora.keys import Role
 from x2v_jax.checkpoint.lora.merge import LoraFile
-from x2v_jax.checkpoint.names.wan import COMPONENTS, parameter_count
+from x2v_jax.checkpoint.names.wan import parameter_count
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles, recognise
 from x2v_jax.checkpoint.published.open import open_source
 from x2v_jax.checkpoint.published.published_schedules import default_schedule
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule, WanConfig
+from x2v_jax.models.config import COMPONENTS, Schedule, WanConfig
 
 _LAYOUTS = {
     "wan": "official Wan2.1 folder",

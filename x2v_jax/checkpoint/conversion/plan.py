@@ -15,7 +15,6 @@ from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 from x2v_jax.checkpoint.lora.report import requantized
-from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.published.layouts import Layout, recognise
 from x2v_jax.checkpoint.published.open import PublishedNetwork, open_source, source_notes
@@ -28,7 +27,7 @@ from x2v_jax.checkpoint.published.published_schedules import (
 from x2v_jax.checkpoint.published.select import select
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule, WanConfig
+from x2v_jax.models.config import COMPONENTS, Schedule, WanConfig
 
 Lenders = dict[str, NativeCheckpoint]
 

@@ -17,14 +17,6 @@ import numpy as np
 
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
 
-COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
-CONFIGS = {"transformer": WanConfig, "vae": VaeConfig, "text_encoder": Umt5Config, "image_encoder": ClipConfig}
-
-# 8-bit types of weights, as model.json names them.
-QUANTIZATIONS = ("int8", "float8_e4m3fn")
-QUANTIZABLE = ("transformer", "text_encoder", "image_encoder")
-
-Config = WanConfig | VaeConfig | Umt5Config | ClipConfig
 Shape = tuple[int, ...]
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import CausalSchedule
+from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, CausalSchedule
 
 
 def check_schedule_field(name: str, value: Any, default: Any, where: str = "--schedule") -> None:
@@ -92,3 +93,25 @@ def _is_a(kind: type, value: object) -> bool:
     if kind in (bool, str):
         return isinstance(value, kind)
     return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+
+
+def check_quantization(file: pathlib.Path, entries: Any) -> None:
+    """Raises a UserError when model.json says of a network that it is 8-bit in a way that is not run."""
+    if entries is None:
+        return
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: quantization is no JSON object; convert the checkpoint again")
+    for component, entry in entries.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if component not in QUANTIZABLE or dtype not in QUANTIZATIONS:
+            raise UserError(
+                f"{file}: quantization of {component} is {dtype!r}; this program runs {' and '.join(QUANTIZATIONS)} "
+                f"for {', '.join(QUANTIZABLE)}. Update it, or convert the checkpoint again"
+            )
+        alpha = entry.get("smoothing")
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+        if alpha is not None and not (number and component == "transformer"):
+            raise UserError(
+                f"{file}: smoothing of {component} is {alpha!r}; transformers have a number from 0 to 1, other "
+                "networks none. Convert the checkpoint again"
+            )

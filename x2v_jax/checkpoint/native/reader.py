@@ -1,20 +1,22 @@
 """Native checkpoints: a folder with model.json and safetensors files in parameter-tree names."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from x2v_jax.checkpoint.files.arrays import cast, is_float
+from x2v_jax.checkpoint.files.arrays import is_float
 from x2v_jax.checkpoint.files.json_file import is_plain_name, read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.names.smoothing import ASIDE, GROUPS
-from x2v_jax.checkpoint.names.wan import COMPONENTS, CONFIGS, QUANTIZABLE, QUANTIZATIONS, SCALE, table
-from x2v_jax.checkpoint.native.fields import check_schedule_field, check_sizes
+from x2v_jax.checkpoint.names.wan import SCALE, table
+from x2v_jax.checkpoint.native.fields import check_quantization, check_schedule_field, check_sizes
+from x2v_jax.checkpoint.native.load import load_tensors
 from x2v_jax.checkpoint.native.writer import (
     FORMAT,
     FORMAT_VERSION,
@@ -24,7 +26,18 @@ from x2v_jax.checkpoint.native.writer import (
     save_native,
 )
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import VARIANTS, Schedule
+from x2v_jax.models.config import (
+    COMPONENTS,
+    CONFIGS,
+    QUANTIZATIONS,
+    VARIANTS,
+    ClipConfig,
+    Config,
+    Schedule,
+    Umt5Config,
+    VaeConfig,
+    WanConfig,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -39,6 +52,8 @@ _MAX_REFERENCES = 8
 class NativeCheckpoint:
     """An open native checkpoint. Only model.json has been read; tensors stay in their files until they are used.
 
+    What is read of it (other checkpoints that it refers to, headers of files) is read once and kept.
+
     Attributes:
         path: the folder.
         model: model.json as read.
@@ -46,6 +61,12 @@ class NativeCheckpoint:
 
     path: pathlib.Path
     model: Mapping[str, Any]
+    # Folder -> the open checkpoint, of all that this one and those refer to.
+    _opened: "dict[pathlib.Path, NativeCheckpoint]" = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _configs: dict[str, Config] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _headers: dict[str, dict[str, LazyTensor]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def task(self) -> str | None:
@@ -59,6 +80,10 @@ class NativeCheckpoint:
 
     @property
     def schedule(self) -> Schedule:
+        return self._schedule
+
+    @functools.cached_property
+    def _schedule(self) -> Schedule:
         values = self.model.get("schedule", {})
         where = f"{self.path / MODEL_FILE}: schedule"
         if not isinstance(values, dict):
@@ -76,8 +101,27 @@ class NativeCheckpoint:
     def has(self, component: str) -> bool:
         return component in self.model["components"]
 
-    def config(self, component: str) -> Any:
-        """The sizes of a component: WanConfig, VaeConfig, Umt5Config or ClipConfig."""
+    @overload
+    def config(self, component: Literal["transformer"]) -> WanConfig: ...
+    @overload
+    def config(self, component: Literal["vae"]) -> VaeConfig: ...
+    @overload
+    def config(self, component: Literal["text_encoder"]) -> Umt5Config: ...
+    @overload
+    def config(self, component: Literal["image_encoder"]) -> ClipConfig: ...
+    @overload
+    def config(self, component: str) -> Config: ...
+    def config(self, component: str) -> Config:
+        """The sizes of a component.
+
+        Raises:
+            UserError: the component is missing, or what model.json says of it is damaged.
+        """
+        if component not in self._configs:
+            self._configs[component] = self._read_config(component)
+        return self._configs[component]
+
+    def _read_config(self, component: str) -> Config:
         holder, entry = self._entry(component)
         values = entry.get("config")
         if component not in CONFIGS or not isinstance(values, dict):
@@ -109,6 +153,11 @@ class NativeCheckpoint:
         return {name: stored[group.stored] for name, group in GROUPS.items()}
 
     def _stored(self, component: str) -> dict[str, LazyTensor]:
+        if component not in self._headers:
+            self._headers[component] = self._read_headers(component)
+        return self._headers[component]
+
+    def _read_headers(self, component: str) -> dict[str, LazyTensor]:
         holder, _ = self._entry(component)
         tensors: dict[str, LazyTensor] = {}
         for path in self.files(component):
@@ -188,26 +237,31 @@ class NativeCheckpoint:
         """
         import jax
 
+        if not quantized:
+            self.require_floats(component)
+        converted = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+        tensors, scales = self.tensors(component), self._scales(component)
+        targets = {}
+        for name, tensor in tensors.items():
+            stays = not is_float(tensor.dtype) or tensor.dtype.name in QUANTIZATIONS or name in scales
+            own = sharding.get(name) if isinstance(sharding, Mapping) else sharding
+            kept_as = tensor.dtype if stays or converted is None else converted
+            targets[name] = jax.ShapeDtypeStruct(tensor.shape, kept_as, sharding=own)
+        return load_tensors(tensors, targets)
+
+    def require_floats(self, component: str) -> None:
+        """Raises a UserError where the matrices of a component are 8-bit, for callers that do not run those."""
         quantization = self.quantization(component)
-        if quantization is not None and not quantized:
+        if quantization is not None:
             raise UserError(
                 f"{self.path}: the {component} is {quantization}, and floats are needed here; give a checkpoint of its "
                 "16- or 32-bit weights, or dequantize it with `python -m convert wan … --quantize none`"
             )
-        rows = table(component, self.config(component), quantization)
-        scales = {row.native for row in rows if row.transform == SCALE} | {group.stored for group in GROUPS.values()}
-        target = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        tree: dict[str, Any] = {}
-        for name, tensor in self.tensors(component).items():
-            own = sharding.get(name, first) if isinstance(sharding, Mapping) else sharding or first
-            *parents, leaf = name.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            stays = name in scales or tensor.dtype.name in QUANTIZATIONS
-            node[leaf] = _to_device(tensor, None if stays else target, own)
-        return tree
+
+    def _scales(self, component: str) -> set[str]:
+        """Names of what 8-bit weights and their smoothing are multiplied by."""
+        rows = table(component, self.config(component), self.quantization(component))
+        return {row.native for row in rows if row.transform == SCALE} | {group.stored for group in GROUPS.values()}
 
     def _entry(self, component: str) -> tuple["NativeCheckpoint", Mapping[str, Any]]:
         """The component's entry and the checkpoint that really holds it."""
@@ -225,13 +279,19 @@ class NativeCheckpoint:
             if target is None:
                 return holder, entry
             try:
-                holder = open_checkpoint(holder.path / str(target))
+                holder = self._open_reference(holder.path / str(target))
             except UserError as error:
                 raise UserError(
                     f"{holder.path} takes its {component} from another checkpoint: {error}. Put that one back, or "
                     "convert again without --reuse"
                 ) from None
         raise UserError(f"{self.path}: {component} is a reference that leads in a circle; convert the checkpoint again")
+
+    def _open_reference(self, path: pathlib.Path) -> "NativeCheckpoint":
+        folder = path.resolve()
+        if folder not in self._opened:
+            self._opened[folder] = dataclasses.replace(open_checkpoint(path), _opened=self._opened)
+        return self._opened[folder]
 
 
 def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization: str | None) -> None:
@@ -245,37 +305,6 @@ def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization
             raise UserError(f"{component}: {name} is {own}, and scales of 8-bit weights are float32")
         if own != "float32" and any(name == group.stored for group in GROUPS.values()):
             raise UserError(f"{component}: {name} is {own}, and factors of smoothing are float32")
-
-
-def _check_quantization(file: pathlib.Path, entries: object) -> None:
-    if entries is None:
-        return
-    if not isinstance(entries, dict):
-        raise UserError(f"{file}: quantization is no JSON object; convert the checkpoint again")
-    for component, entry in entries.items():
-        dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if component not in QUANTIZABLE or dtype not in QUANTIZATIONS:
-            raise UserError(
-                f"{file}: quantization of {component} is {dtype!r}; this program runs {' and '.join(QUANTIZATIONS)} "
-                f"for {', '.join(QUANTIZABLE)}. Update it, or convert the checkpoint again"
-            )
-        alpha = entry.get("smoothing")
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
-        if alpha is not None and not (number and component == "transformer"):
-            raise UserError(
-                f"{file}: smoothing of {component} is {alpha!r}; transformers have a number from 0 to 1, other "
-                "networks none. Convert the checkpoint again"
-            )
-
-
-def _to_device(tensor: LazyTensor, dtype: np.dtype | None, sharding: Any) -> Any:
-    import jax
-
-    values = tensor.read()
-    target = dtype if dtype is not None and is_float(tensor.dtype) else tensor.dtype
-    return jax.make_array_from_callback(
-        tensor.shape, sharding, lambda index: np.ascontiguousarray(cast(values[index], target))
-    )
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
@@ -313,5 +342,5 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
     components = model.get("components")
     if not isinstance(components, dict) or set(components) - {*COMPONENTS, "tokenizer"}:
         raise UserError(f"{file}: components is not a list of known networks; convert the checkpoint again")
-    _check_quantization(file, model.get("quantization"))
+    check_quantization(file, model.get("quantization"))
     return NativeCheckpoint(folder, model)

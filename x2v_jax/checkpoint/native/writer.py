@@ -16,9 +16,9 @@ import numpy as np
 from x2v_jax.checkpoint.files.lazy_tensor import Streamed
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
 from x2v_jax.checkpoint.names.smoothing import smoothing_shapes
-from x2v_jax.checkpoint.names.wan import Config, native_shapes, parameter_count
+from x2v_jax.checkpoint.names.wan import native_shapes, parameter_count
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule
+from x2v_jax.models.config import Config, Schedule
 
 FORMAT = "x2v-jax"
 # The version that holds smoothed 8-bit weights. Checkpoints without such, or without any 8-bit weights, are written as

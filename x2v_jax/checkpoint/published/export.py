@@ -13,7 +13,7 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
 from x2v_jax.checkpoint.files.torch_writer import write_torch_file
 from x2v_jax.checkpoint.names.diffusers import DiffusersNames
-from x2v_jax.checkpoint.names.wan import COMPONENTS, Config, Transform, official_shapes
+from x2v_jax.checkpoint.names.wan import Transform, official_shapes
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE, SHARD_BYTES, complete_folder
 from x2v_jax.checkpoint.published.export_configs import (
@@ -32,6 +32,7 @@ from x2v_jax.checkpoint.published.open import official_tensors
 from x2v_jax.checkpoint.published.published_schedules import SCHEDULES, default_schedule
 from x2v_jax.checkpoint.quantize.eight_bit import WORDS
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import COMPONENTS, Config
 
 LAYOUTS = ("wan", "lightx2v", "diffusers")
 

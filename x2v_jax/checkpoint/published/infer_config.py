@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax.checkpoint.names.wan import CONFIGS, Config, Shape
+from x2v_jax.checkpoint.names.wan import Shape
 from x2v_jax.checkpoint.native.fields import check_sizes
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import CONFIGS, Config
 
 Shapes = Mapping[str, Shape]
 Values = dict[str, Any]
@@ -91,7 +92,7 @@ def infer_config(component: str, shapes: Shapes, declared: Mapping[str, object] 
     return CONFIGS[component].from_dict(values)
 
 
-def _declared(component: str, config: Mapping[str, object]) -> Values:
+def _declared(component: str, config: Mapping[str, Any]) -> Values:
     names = _DECLARED_NAMES[component]
     said = {
         names[key]: tuple(value) if isinstance(value, list) else value

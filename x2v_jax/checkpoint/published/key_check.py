@@ -4,8 +4,9 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-from x2v_jax.checkpoint.names.wan import Config, official_shapes
+from x2v_jax.checkpoint.names.wan import official_shapes
 from x2v_jax.checkpoint.published.read import OfficialTensors
+from x2v_jax.models.config import Config
 
 # Of tensors that are each wrong in a way of their own, so many are named.
 _LISTED = 8

@@ -10,14 +10,13 @@ import re
 
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.files.safetensors import read_metadata
-from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.native.writer import FORMAT
 from x2v_jax.checkpoint.published.key_check import ranges
 from x2v_jax.checkpoint.published.read import KeyConvention, RawTensors, identify, read_raw, unwrapped
 from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets
 from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import VARIANTS
+from x2v_jax.models.config import COMPONENTS, VARIANTS
 
 # LightX2V's subfolders that hold a transformer, and what is in them.
 _SUBFOLDERS = {

@@ -36,7 +36,7 @@ def open_source(
     Raises:
         UserError: its sizes cannot be told.
     """
-    found = to_official(source.read(), source.kind)
+    found = to_official(source.read(), source.convention)
     config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
     if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
         found = _with_empty_head(found, config)

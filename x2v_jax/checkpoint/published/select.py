@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from x2v_jax.checkpoint.names.wan import COMPONENTS
 from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import COMPONENTS
 
 
 def select(

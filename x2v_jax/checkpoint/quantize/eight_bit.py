@@ -15,8 +15,8 @@ import numpy as np
 
 from x2v_jax.checkpoint.files.arrays import row_pieces
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.names.wan import QUANTIZATIONS
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import QUANTIZATIONS
 
 # What the command line calls them.
 WORDS = {"int8": "int8", "fp8": "float8_e4m3fn"}

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.names.wan import QUANTIZATIONS
 from x2v_jax.checkpoint.quantize.eight_bit import EightBit
+from x2v_jax.models.config import QUANTIZATIONS
 
 _BLOCK = 128
 _EIGHT_BIT = frozenset(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
