@@ -4,8 +4,10 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ _PATHS = {
     "images": "--images",
     "report": "--report",
 }
+# Those that name a checkpoint to read.
+_READ = ("source", "checkpoint", "path", "base", "distilled", "reuse", "against")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,12 +45,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists what there is")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Raises:
-        UserError: it is not understood.
-    """
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
     parser = _Parser(prog="python -m convert", description="Published Wan2.1 checkpoints to this project's and back.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_wan(commands)
@@ -63,10 +63,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     export.add_argument("--layout", required=True, choices=LAYOUTS)
     _add_extract_lora(commands)
     _add_calibrate(commands)
+    return parser, commands.choices
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: it is not understood.
+    """
+    parser, _ = make_parser()
     args = parser.parse_args(arguments)
     for name, shown in _PATHS.items():
         if getattr(args, name, None) == "":  # which would be taken for the folder that one is in
             raise UserError(f"{shown} is empty; give a file or folder")
+    for name in _READ:  # a shipped checkpoint is found from every folder
+        if getattr(args, name, None):
+            setattr(args, name, shipped.locate(getattr(args, name)))
     return args
 
 

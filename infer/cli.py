@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from infer import outputs, settings, start, warm_up
-from infer.interrupts import Interrupts
-from infer.settings import Job, Settings
-from infer.streaming import stream_video
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
+
+from . import outputs, settings, start, warm_up
+from .interrupts import Interrupts
+from .settings import Job, Settings
+from .streaming import stream_video
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline, Result

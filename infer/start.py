@@ -4,7 +4,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from infer.settings import Settings, options
+from .settings import Settings, options
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline

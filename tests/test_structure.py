@@ -29,23 +29,26 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "checkpoint": (),  # its drawers:
     "checkpoint.files": ("errors",),
     "checkpoint.names": ("errors", "models.config"),
-    "checkpoint.quantize": ("errors", "models.config", "checkpoint.files", "checkpoint.names"),
-    "checkpoint.native": ("errors", "models.config", "checkpoint.files", "checkpoint.names", "checkpoint.quantize"),
-    "checkpoint.published": ("errors", "models.config", *_CHECKPOINT),
-    "checkpoint.lora": ("errors", "models.config", *_CHECKPOINT),
+    "checkpoint.quantize": ("errors", "shipped", "models.config", "checkpoint.files", "checkpoint.names"),
+    "checkpoint.native": (
+        "errors", "shipped", "models.config", "checkpoint.files", "checkpoint.names", "checkpoint.quantize",
+    ),
+    "checkpoint.published": ("errors", "shipped", "models.config", *_CHECKPOINT),
+    "checkpoint.lora": ("errors", "shipped", "models.config", *_CHECKPOINT),
     "checkpoint.conversion": (
         "errors", "shipped", "models.config", *_CHECKPOINT, "checkpoint.published", "checkpoint.lora",
     ),
     "request": ("errors", "ops", "models.config", "models", "diffusion"),
-    "media": ("errors", "checkpoint.files"),
-    "memory": ("errors", "models.config", "models", "checkpoint.native", "request", "media"),
+    "media": ("errors", "shipped", "checkpoint.files"),
+    "memory": ("errors", "shipped", "models.config", "models", "checkpoint.native", "request", "media"),
     "generate": (
-        "errors", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request", "memory",
-        "media",
+        "errors", "shipped", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request",
+        "memory", "media",
     ),
     "pipeline": ("errors", "models.config", "checkpoint.native", "request", "memory", "media", "generate"),
     "": ("errors", "shipped", "request", "media", "pipeline"),  # x2v_jax itself: the public names
     "configs": ("config", "errors"),
+    "cli": ("errors", "shipped", "config"),  # loads the programs by their names
     "convert": (*_LIBRARY, "config", ""),
     "infer": (*_LIBRARY, "config", ""),
     "train": (*_LIBRARY, "config", ""),

@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from train.data.order import epoch_rows
-from train.data.prompts import PromptCache
-from train.data.sources import Batch, Conditions, encode
-from train.data.trajectories import TrajectoryCache
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.models.functional import abstract, merge
 from x2v_jax.models.vae import WanVae
+
+from .order import epoch_rows
+from .prompts import PromptCache
+from .sources import Batch, Conditions, encode
+from .trajectories import TrajectoryCache
 
 _AT_ONCE = 16
 

@@ -4,13 +4,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from train.data.images import ImageCache
-from train.data.lmdb_file import open_latents
-from train.data.prompts import PromptCache, read_prompts
-from train.data.sources import SHAPES, Source, encode
-from train.shapes.source import shapes_source
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
+
+from ..shapes.source import shapes_source
+from .images import ImageCache
+from .lmdb_file import open_latents
+from .prompts import PromptCache, read_prompts
+from .sources import SHAPES, Source, encode
 
 
 def open_source(

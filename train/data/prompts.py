@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from jaxtyping import Float
 
-from train.data.cache import Cache, CacheWriter
-from train.data.cache_format import DTYPES, Plan, TensorSpec, rows_for
-from train.data.fingerprint import fingerprint, require_same
 from x2v_jax.errors import UserError
+
+from .cache import Cache, CacheWriter
+from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .fingerprint import fingerprint, require_same
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint
@@ -248,7 +249,7 @@ def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) ->
 
 
 def _kind_with_captions(path: pathlib.Path) -> str:
-    from train.data.cache_format import read_index
+    from .cache_format import read_index
 
     kind = read_index(path)["kind"]
     if kind not in ("latents", "images"):

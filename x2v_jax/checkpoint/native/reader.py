@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.arrays import cast, is_float
 from x2v_jax.checkpoint.files.json_file import is_plain_name, read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
@@ -113,7 +114,8 @@ class NativeCheckpoint:
         tensors: dict[str, LazyTensor] = {}
         for path in self.files(component):
             if not path.is_file():
-                raise UserError(f"{path} is missing; convert the checkpoint again or copy the whole folder")
+                advice = shipped.missing(path)
+                raise UserError(advice or f"{path} is missing; convert the checkpoint again or copy the whole folder")
             for name, tensor in read_safetensors(path).items():
                 if name in tensors:
                     raise UserError(f"{path}: {name} is in another file of the checkpoint too; convert it again")
@@ -282,13 +284,13 @@ def _to_device(tensor: LazyTensor, dtype: np.dtype | None, sharding: Any) -> Any
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
-    """Opens a native checkpoint.
+    """Opens a native checkpoint. A shipped one (assets/shapes_t2v_4step) is found from every folder.
 
     Raises:
         UserError: the folder is missing, is no native checkpoint (the message says how to convert it), or was written
             by a newer version.
     """
-    folder = pathlib.Path(path)
+    folder = shipped.find(path)
     if folder.name == MODEL_FILE:
         folder = folder.parent
     file = folder / MODEL_FILE
