@@ -47,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser, and those of its commands by name."""
-    parser = _Parser(prog="python -m convert", description="Published Wan2.1 checkpoints to this project's and back.")
+    description = "Published Wan2.1 checkpoints to this project's and back."
+    parser = _Parser(prog=shipped.command("convert"), description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_wan(commands)
     inspect = commands.add_parser("inspect", help="tell what a file or folder holds")
@@ -74,6 +75,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser, _ = make_parser()
     args = parser.parse_args(arguments)
+    args.given = sys.argv[1:] if arguments is None else arguments
     for name, shown in _PATHS.items():
         if getattr(args, name, None) == "":  # which would be taken for the folder that one is in
             raise UserError(f"{shown} is empty; give a file or folder")
@@ -179,7 +181,9 @@ def _add_calibrate(commands: Any) -> None:
         calibrate.add_argument(f"--{name}", type=_rank, metavar="N", help=f"{what} (the checkpoint's)")
     calibrate.add_argument("--seed", type=int, default=0, help="of the first video; the next have the next (0)")
     calibrate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the run (bfloat16)")
-    calibrate.add_argument("--offload", choices=("none", "blocks"), default="none", help="as in `python -m infer`")
+    calibrate.add_argument(
+        "--offload", choices=("none", "blocks"), default="none", help=f"as in `{shipped.command('infer')}`"
+    )
 
 
 def options(args: argparse.Namespace) -> "Options":
@@ -202,7 +206,7 @@ def options(args: argparse.Namespace) -> "Options":
         overwrite=args.overwrite,
         allow_nonfinite=args.allow_nonfinite,
         settings=settings(args.set),
-        command=shlex.join(["python", "-m", "convert", *sys.argv[1:]]),
+        command=shipped.command(f"convert {shlex.join(args.given)}"),
     )
 
 

@@ -112,7 +112,9 @@ def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict
     recorded = read_metadata(path)
     values = recorded.get("config")
     if not isinstance(values, dict):
-        raise UserError(f"{path} carries no settings of this program; give an mp4 as `python -m infer` wrote it")
+        raise UserError(
+            f"{path} carries no settings of this program; give an mp4 as `{shipped.command('infer')}` wrote it"
+        )
     config: Config = inference_config()
     for name, value in values.items():
         if name not in config:
@@ -139,8 +141,8 @@ def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoin
 def _check(config: Config) -> None:
     if lacking := [key.name for key in KEYS if key.name not in config]:
         raise UserError(
-            f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; `python -m train` takes those "
-            "for training"
+            f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; "
+            f"`{shipped.command('train')}` takes those for training"
         )
     problems = [f"config.{problem}" for problem in run_options.problems(options(config))]
     if not isinstance(config.num_videos, int) or not 1 <= config.num_videos <= _MAX_VIDEOS:

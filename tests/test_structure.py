@@ -49,6 +49,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "": ("errors", "shipped", "request", "media", "pipeline"),  # x2v_jax itself: the public names
     "configs": ("config", "errors"),
     "cli": ("errors", "shipped", "config"),  # loads the programs by their names
+    "__main__": ("cli",),
     "convert": (*_LIBRARY, "config", ""),
     "infer": (*_LIBRARY, "config", ""),
     "train": (*_LIBRARY, "config", ""),

@@ -11,7 +11,7 @@ from x2v_jax.config.flags import CommandLine, HelpAsked, Option, help_text, pars
 from x2v_jax.errors import UserError
 
 DEFAULT_CONFIG = "configs/shapes/base.py"
-_USAGE = """usage: python -m train --config=configs/shapes/base.py [--config.KEY=VALUE ...]
+_USAGE = f"""usage: {shipped.command("train")} --config=configs/shapes/base.py [--config.KEY=VALUE ...]
 
 Trains in config.run_dir, and goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first (exit code 3)."""
 OPTIONS = {

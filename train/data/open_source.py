@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 
@@ -63,5 +64,5 @@ def _prompts(name: str, checkpoint: NativeCheckpoint, directory: pathlib.Path) -
 
 def _given(config: Any, field: str, what: str) -> str:
     if not config.get(field):
-        raise UserError(f"config.data.{field} is not set, and {what} needs it; `python -m train.prepare` makes it")
+        raise UserError(f"config.data.{field} is not set, and {what} needs it; `{shipped.command('prepare')}` makes it")
     return config[field]

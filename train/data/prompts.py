@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from jaxtyping import Float
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 from .cache import Cache, CacheWriter
@@ -99,7 +100,8 @@ class PromptCache:
             tensors = self._cache.shard(shard)
             begin, end = tensors["starts"].read()[position : position + 2]
             if not 0 <= begin <= end <= min(begin + self.text_len, len(tensors["tokens"].read())):
-                raise UserError(f"{self.path}: row {row} is damaged; run `python -m train.prepare check {self.path}`")
+                check = shipped.command(f"prepare check {self.path}")
+                raise UserError(f"{self.path}: row {row} is damaged; run `{check}`")
             result[place, : end - begin] = tensors["tokens"].read()[begin:end]
         return result
 

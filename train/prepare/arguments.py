@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser, and those of its commands by name."""
     parser = _Parser(
-        prog="python -m train.prepare",
+        prog=shipped.command("prepare"),
         description="Makes the data that training reads. An interrupted command goes on when it is given again.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

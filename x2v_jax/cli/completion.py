@@ -8,6 +8,7 @@ import shlex
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
+from x2v_jax import shipped
 from x2v_jax.cli.programs import PROGRAMS, load
 from x2v_jax.errors import UserError
 
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if len(arguments) != 1 or arguments[0] not in _SCRIPTS:
         given = " ".join(arguments) or "no shell"
-        raise UserError(f"completion: {given} is given; write `x2v completion bash` or `x2v completion zsh`")
+        both = " or ".join(f"`{shipped.command(f'completion {shell}')}`" for shell in _SCRIPTS)
+        raise UserError(f"completion: {given} is given; write {both}")
     print(_SCRIPTS[arguments[0]])
     return 0
 

@@ -16,6 +16,12 @@ VERSION = "0.1.0"
 _HERE = pathlib.Path(__file__).resolve().parent
 IS_INSTALLED = (_HERE / "configs").is_dir()  # from a wheel; False in a clone, which is used where it lies
 ROOT = _HERE if IS_INSTALLED else _HERE.parents[1]  # paths such as assets/shapes start here
+_MODULES = {
+    "infer": "infer",
+    "convert": "convert",
+    "train": "train",
+    "prepare": "train.prepare",
+}  # as a clone runs them
 _FOLDERS = ("assets", "configs", "docs")
 
 
@@ -88,10 +94,10 @@ def command(text: str) -> str:
     started = pathlib.PurePath(sys.argv[0] if sys.argv else "")
     if started.name == "__main__.py" and started.parent.name == "x2v_jax":
         return f"python -m x2v_jax {text}"
-    if started.stem == "x2v" or IS_INSTALLED:
+    name = text.split(" ", 1)[0]
+    if started.stem == "x2v" or IS_INSTALLED or name not in _MODULES:
         return f"x2v {text}"
-    name, space, rest = text.partition(" ")
-    return f"python -m {'train.prepare' if name == 'prepare' else name}{space}{rest}"
+    return f"python -m {_MODULES[name]}{text.removeprefix(name)}"
 
 
 def _shipped(path: str) -> pathlib.Path | None:

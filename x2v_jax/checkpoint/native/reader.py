@@ -197,7 +197,7 @@ class NativeCheckpoint:
         if quantization is not None and not quantized:
             raise UserError(
                 f"{self.path}: the {component} is {quantization}, and floats are needed here; give a checkpoint of its "
-                "16- or 32-bit weights, or multiply it out with `python -m convert wan … --quantize none`"
+                f"16- or 32-bit weights, or multiply it out with `{shipped.command('convert wan … --quantize none')}`"
             )
         rows = table(component, self.config(component), quantization)
         scales = {row.native for row in rows if row.transform == SCALE} | {group.stored for group in GROUPS.values()}
@@ -299,7 +299,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
     if not file.is_file():
         raise UserError(
             f"checkpoint {str(path)!r} is not a converted checkpoint (it has no {MODEL_FILE}); convert it with "
-            f"`python -m convert wan {path} DST` and give DST"
+            f"`{shipped.command(f'convert wan {path} DST')}` and give DST"
         )
     model = read_json(file)
     if model.get("format") != FORMAT:
