@@ -88,15 +88,27 @@ def _run(path: pathlib.Path) -> types.ModuleType:
 
 
 def _moved(path: pathlib.Path) -> str | None:
-    """The new place of the first helper that a config file imports from where it no longer is."""
+    """What to write instead of the first import of a config file that worked in earlier versions, or in a clone."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
-        for name in names:
+        for name in filter(lambda name: not _is_importable(name), names):
             if name in MOVED:
                 return f"{name} has moved; import {MOVED[name]} in line {node.lineno} of {path} instead"
+            if (file := name.replace(".", "/") + ".py") in shipped_configs():
+                return (
+                    f"{name} cannot be imported here; take that config in line {node.lineno} of {path} with "
+                    f"x2v_jax.config.load.load_config({file!r})"
+                )
     return None
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # its package is not there
+        return False
 
 
 def _where(error: BaseException) -> str:

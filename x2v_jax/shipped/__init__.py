@@ -16,12 +16,8 @@ VERSION = "0.1.0"
 _HERE = pathlib.Path(__file__).resolve().parent
 IS_INSTALLED = (_HERE / "configs").is_dir()  # from a wheel; False in a clone, which is used where it lies
 ROOT = _HERE if IS_INSTALLED else _HERE.parents[1]  # paths such as assets/shapes start here
-_MODULES = {
-    "infer": "infer",
-    "convert": "convert",
-    "train": "train",
-    "prepare": "train.prepare",
-}  # as a clone runs them
+# Program -> what `python -m` runs in a clone.
+_MODULES = {"infer": "infer", "convert": "convert", "train": "train", "prepare": "train.prepare"}
 _FOLDERS = ("assets", "configs", "docs")
 
 
