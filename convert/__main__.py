@@ -3,9 +3,10 @@
 import signal
 import sys
 
-from convert.arguments import options, parse
-from convert.progress import interrupted, run
 from x2v_jax.errors import UserError
+
+from .arguments import options, parse
+from .progress import interrupted, run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = parse(arguments)
         destination = getattr(args, "destination", None)
         if args.command == "inspect":
-            from convert.describe import describe
+            from .describe import describe
 
             describe(args)
         elif args.command == "wan":
@@ -24,11 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             run(lambda progress: convert(args.source, args.destination, options(args), progress), args.destination)
         elif args.command == "extract-lora":
-            from convert.extract import extract_lora
+            from .extract import extract_lora
 
             extract_lora(args)
         elif args.command == "calibrate":
-            from convert.calibrate import calibrate
+            from .calibrate import calibrate
 
             calibrate(args)
         else:

@@ -4,8 +4,10 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import COMPONENTS, QUANTIZABLE, VARIANTS
 
@@ -32,6 +34,8 @@ _PATHS = {
     "images": "--images",
     "report": "--report",
 }
+# Those that name a checkpoint to read.
+_READ = ("source", "checkpoint", "path", "base", "distilled", "reuse", "against")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,13 +43,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists what there is")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Raises:
-        UserError: it is not understood.
-    """
-    parser = _Parser(prog="python -m convert", description="Published Wan2.1 checkpoints to this project's and back.")
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
+    description = "Published Wan2.1 checkpoints to this project's and back."
+    parser = _Parser(prog=shipped.command("convert"), description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_wan(commands)
     inspect = commands.add_parser("inspect", help="tell what a file or folder holds")
@@ -61,10 +62,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     export.add_argument("--layout", required=True, choices=LAYOUTS)
     _add_extract_lora(commands)
     _add_calibrate(commands)
+    return parser, commands.choices
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: it is not understood.
+    """
+    parser, _ = make_parser()
     args = parser.parse_args(arguments)
+    args.given = sys.argv[1:] if arguments is None else arguments
     for name, shown in _PATHS.items():
         if getattr(args, name, None) == "":  # which would be taken for the folder that one is in
             raise UserError(f"{shown} is empty; give a file or folder")
+    for name in _READ:  # a shipped checkpoint is found from every folder
+        if getattr(args, name, None):
+            setattr(args, name, shipped.locate(getattr(args, name)))
     return args
 
 
@@ -164,7 +179,9 @@ def _add_calibrate(commands: Any) -> None:
         calibrate.add_argument(f"--{name}", type=_rank, metavar="N", help=f"{what} (the checkpoint's)")
     calibrate.add_argument("--seed", type=int, default=0, help="of the first video; the next have the next (0)")
     calibrate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the run (bfloat16)")
-    calibrate.add_argument("--offload", choices=("none", "blocks"), default="none", help="as in `python -m infer`")
+    calibrate.add_argument(
+        "--offload", choices=("none", "blocks"), default="none", help=f"as in `{shipped.command('infer')}`"
+    )
 
 
 def options(args: argparse.Namespace) -> "ConversionOptions":
@@ -187,7 +204,7 @@ def options(args: argparse.Namespace) -> "ConversionOptions":
         overwrite=args.overwrite,
         allow_nonfinite=args.allow_nonfinite,
         settings=settings(args.set),
-        command=shlex.join(["python", "-m", "convert", *sys.argv[1:]]),
+        command=shipped.command(f"convert {shlex.join(args.given)}"),
     )
 
 

@@ -15,8 +15,9 @@ def describe(args: argparse.Namespace) -> None:
     if args.layers or args.against:
         _each_matrix(args)
         return
-    from convert.run_memory import COUNTED, phases
     from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
+
+    from .run_memory import COUNTED, phases
 
     found = inspect(args.path, phases)
     print(json.dumps(found.to_dict(), indent=2) if args.json else to_text(found, COUNTED))

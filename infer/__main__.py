@@ -7,9 +7,10 @@ def main(arguments: list[str]) -> int:
     """Runs the command line and returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     # Imported here, so that Ctrl-C during the imports ends as quietly as later.
     try:
-        from infer import cli
         from x2v_jax.config.flags import HelpAsked
         from x2v_jax.errors import UserError
+
+        from . import cli
     except KeyboardInterrupt:
         return 130
     try:

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from infer import outputs, start, warm_up
-from infer.interrupts import Interrupts
-from infer.record import stream_video
-from infer.settings import Job, Settings, read_settings
+from x2v_jax import shipped
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
+
+from . import outputs, start, warm_up
+from .interrupts import Interrupts
+from .settings import Job, Settings, read_settings
+from .record import stream_video
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline, Result
@@ -26,10 +28,11 @@ OPTIONS = {
 }
 # Prompts that are encoded ahead, so that the text encoder is loaded once for so many videos.
 _PROMPTS_AT_ONCE = 256
+_CHECKPOINT = f"--config.checkpoint=FOLDER (made by `{shipped.command('convert')}`)"
 # What Wan2.1's and LightX2V's own programs call things.
 _OTHER_NAMES = {
-    "model_path": "--config.checkpoint=FOLDER (made by `python -m convert`)",
-    "ckpt_dir": "--config.checkpoint=FOLDER (made by `python -m convert`)",
+    "model_path": _CHECKPOINT,
+    "ckpt_dir": _CHECKPOINT,
     "config_json": "--config=configs/lightx2v.py:FILE.json",
     "model_cls": "--config=configs/distill/… or configs/base/…",
     "image_path": "--config.image=FILE",
@@ -43,16 +46,17 @@ _OTHER_NAMES = {
     "sample_guide_scale": "--config.guidance_scale=…",
     "lora_path": "--config.lora=FILE",
 }
-_USAGE = """python -m infer: makes videos from prompts and images
+_INFER = shipped.command("infer")
+_USAGE = f"""{_INFER}: makes videos from prompts and images
 
-  python -m infer                                                 the tiny model that ships with the project
-  python -m infer --config.prompt="a blue square moves up"
-  python -m infer --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
-  python -m infer --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
-  python -m infer --config=configs/shapes/t2v_causal.py --config.seconds=20
-  python -m infer --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
-  python -m infer --rerun outputs/FILE.mp4 --config.seed=7
-  python -m infer --warmup --config=configs/distill/wan_t2v_4step.py --config.compiled_programs=FILE
+  {_INFER:<64}the tiny model that ships with the project
+  {_INFER} --config.prompt="a blue square moves up"
+  {_INFER} --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
+  {_INFER} --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
+  {_INFER} --config=configs/shapes/t2v_causal.py --config.seconds=20
+  {_INFER} --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
+  {_INFER} --rerun outputs/FILE.mp4 --config.seed=7
+  {_INFER} --warmup --config=configs/distill/wan_t2v_4step.py --config.compiled_programs=FILE
 
 The path of each video is printed when it is written; its settings are in the file and in a .json beside it.
 Causal checkpoints write their video block by block to a file that can be watched while it grows. Ctrl-C ends it: what

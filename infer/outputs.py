@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from infer.settings import Job, Settings, checkpoint_digest
+from x2v_jax import shipped
 from x2v_jax.media.video import write_video
 from x2v_jax.request import Request
-from x2v_jax.shipped import VERSION
+
+from .settings import Job, Settings, checkpoint_digest
 
 # Keys that do not belong to the video but to the run or the machine.
 _LEFT_OUT = (
@@ -26,12 +27,14 @@ def metadata(settings: Settings, job: Job) -> dict[str, Any]:
         if name in config:
             config[name] = getattr(job.request.completed, name)
     config["lora"] = settings.loras
+    for name in ("checkpoint", "image"):
+        config[name] = config[name] and shipped.recorded(str(config[name]))
     return {
         "program": "x2v-jax",
-        "version": VERSION,
+        "version": shipped.VERSION,
         "config": config,
         "model_sha256": checkpoint_digest(settings.checkpoint),
-        "inputs": settings.inputs,
+        "inputs": {shipped.recorded(path): digest for path, digest in settings.inputs.items()},
         "made_with": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
 

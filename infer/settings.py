@@ -8,8 +8,10 @@ import tempfile
 import warnings
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.lora.merge import parse_lora_argument
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
 from x2v_jax.errors import UserError
@@ -20,7 +22,6 @@ from x2v_jax.request.resolve import ResolvedRequest, resolve
 
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
-_PROJECT = pathlib.Path(__file__).resolve().parent.parent
 _MAX_VIDEOS = 100_000
 # Keys that name files whose content decides the result.
 _INPUTS = ("image", "initial_noise", "text_embeddings", "continue_from")
@@ -69,7 +70,8 @@ def read_settings(line: flags.CommandLine) -> Settings:
     if "prompt" in line.overrides and "prompt_file" in line.overrides:
         raise UserError("config.prompt and config.prompt_file are both given; leave one out")
     _check(config)
-    checkpoint = open_checkpoint(_find(config.checkpoint))
+    _find_files(line, config, (recorded or {}).get("model_sha256"))
+    checkpoint = open_checkpoint(config.checkpoint)
     if config.task is not None and checkpoint.task != config.task:
         raise UserError(
             f"config.task is {config.task!r}, but {checkpoint.path} is a {checkpoint.task} checkpoint; choose the "
@@ -108,7 +110,9 @@ def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict
     recorded = read_metadata(path)
     values = recorded.get("config")
     if not isinstance(values, dict):
-        raise UserError(f"{path} carries no settings of this program; give an mp4 as `python -m infer` wrote it")
+        raise UserError(
+            f"{path} carries no settings of this program; give an mp4 as `{shipped.command('infer')}` wrote it"
+        )
     config: Config = inference_config()
     for name, value in values.items():
         if name not in config:
@@ -135,8 +139,8 @@ def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoin
 def _check(config: Config) -> None:
     if lacking := [key.name for key in KEYS if key.name not in config]:
         raise UserError(
-            f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; `python -m train` takes those "
-            "for training"
+            f"--config: it lacks {', '.join(lacking[:3])} and so is no inference config; "
+            f"`{shipped.command('train')}` takes those for training"
         )
     problems = [f"config.{problem}" for problem in run_options.problems(options(config))]
     if not isinstance(config.num_videos, int) or not 1 <= config.num_videos <= _MAX_VIDEOS:
@@ -153,11 +157,18 @@ def _check(config: Config) -> None:
         raise UserError(problems[0])
 
 
-def _find(checkpoint: str) -> pathlib.Path:
-    """The folder as given, or in this project's own folder: the shipped model is found from anywhere."""
-    path = pathlib.Path(checkpoint).expanduser()
-    shipped = _PROJECT / path
-    return shipped if not path.exists() and (shipped / "model.json").is_file() else path
+def _find_files(line: flags.CommandLine, config: Config, model_sha256: Any) -> None:
+    """Turns names of what is shipped into paths: the shipped model and picture are found from anywhere.
+
+    A recorded name may be the user's own or shipped; of two models, that with the recorded digest is meant.
+    """
+    for name in ("checkpoint", "image"):
+        if config[name]:
+            typed = line.is_typed(name) or "rerun" in line.options
+            if name == "checkpoint" and name not in line.overrides and model_sha256 is not None:
+                file = shipped.find(config.checkpoint, typed=False) / MODEL_FILE
+                typed = not (file.is_file() and _sha256(file) == model_sha256)
+            config[name] = shipped.locate(config[name], typed=typed)
 
 
 def _lora(entry: Any) -> tuple[str, float]:

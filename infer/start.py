@@ -4,8 +4,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from infer.settings import Settings, options
 from x2v_jax.request.resolve import WholePlan
+
+from .settings import Settings, options
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline

@@ -7,10 +7,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from infer import start
-from infer.interrupts import Interrupts
-from infer.settings import Settings, options
 from x2v_jax.request.resolve import ResolvedRequest
+
+from . import start
+from .interrupts import Interrupts
+from .settings import Settings, options
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline

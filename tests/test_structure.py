@@ -29,24 +29,28 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "checkpoint": (),  # its drawers:
     "checkpoint.files": ("errors",),
     "checkpoint.names": ("errors", "models.config"),
-    "checkpoint.quantize": ("errors", "models.config", "checkpoint.files", "checkpoint.names"),
-    "checkpoint.native": ("errors", "models.config", "checkpoint.files", "checkpoint.names", "checkpoint.quantize"),
-    "checkpoint.published": ("errors", "models.config", *_CHECKPOINT),
-    "checkpoint.lora": ("errors", "models.config", *_CHECKPOINT),
+    "checkpoint.quantize": ("errors", "shipped", "models.config", "checkpoint.files", "checkpoint.names"),
+    "checkpoint.native": (
+        "errors", "shipped", "models.config", "checkpoint.files", "checkpoint.names", "checkpoint.quantize",
+    ),
+    "checkpoint.published": ("errors", "shipped", "models.config", *_CHECKPOINT),
+    "checkpoint.lora": ("errors", "shipped", "models.config", *_CHECKPOINT),
     "checkpoint.conversion": (
         "errors", "shipped", "models.config", *_CHECKPOINT, "checkpoint.published", "checkpoint.lora",
     ),
-    "media": ("errors", "checkpoint.files"),
-    "request": ("errors", "ops", "models.config", "models", "diffusion", "checkpoint.files", "media"),
-    "memory": ("errors", "models.config", "models", "diffusion", "checkpoint.native", "media", "request"),
+    "media": ("errors", "shipped", "checkpoint.files"),
+    "request": ("errors", "shipped", "ops", "models.config", "models", "diffusion", "checkpoint.files", "media"),
+    "memory": ("errors", "shipped", "models.config", "models", "diffusion", "checkpoint.native", "media", "request"),
     "generate": (
-        "errors", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request", "memory",
-        "media",
+        "errors", "shipped", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request",
+        "memory", "media",
     ),
     "pipeline": ("errors", "diffusion", "checkpoint.native", "media", "request", "memory", "generate"),
     "": ("errors", "shipped", "media", "request", "generate", "pipeline"),  # x2v_jax itself: the public names
     "video": ("media",),  # the old place of media.video, for one release
     "configs": ("config", "errors"),
+    "cli": ("errors", "shipped", "config"),  # loads the programs by their names
+    "__main__": ("cli",),
     "convert": (*_LIBRARY, "config", ""),
     "infer": (*_LIBRARY, "config", ""),
     "train": (*_LIBRARY, "config", ""),

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from train.state import TrainState
 from x2v_jax.errors import UserError
+
+from .state import TrainState
 
 
 class Checkpoints:

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from x2v_jax.config.flags import HelpAsked, Option, help_text, parse
+from x2v_jax import shipped
+from x2v_jax.config.flags import CommandLine, HelpAsked, Option, help_text, parse
 from x2v_jax.errors import UserError
 
-_USAGE = """usage: python -m train --config=configs/shapes/base.py [--config.KEY=VALUE ...]
+DEFAULT_CONFIG = "configs/shapes/base.py"
+_USAGE = f"""usage: {shipped.command("train")} --config=configs/shapes/base.py [--config.KEY=VALUE ...]
 
 Trains in config.run_dir, and goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first (exit code 3)."""
-_OPTIONS = {
+OPTIONS = {
     "export": Option("write the averaged weights of the newest checkpoint as a native checkpoint, and end", "DIR"),
     "dry_run": Option("print the resolved config, parameter counts and memory of a distillation, and end"),
 }
 _STOPPED = 3
+_CHECKPOINTS = ("teacher", "student", "init_from", "vae")  # keys that name one
 _TASKS = {
     "vae": ("vae", "VaeTask"),
     "flow_matching": ("flow_matching", "FlowMatchingTask"),
@@ -30,15 +33,16 @@ _TASKS = {
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 a user's mistake, 3 stopped and saved."""
     try:
-        command = parse(argv, default_config="configs/shapes/base.py", options=_OPTIONS)
+        command = parse(argv, default_config=DEFAULT_CONFIG, options=OPTIONS)
     except HelpAsked:
-        print(help_text(_USAGE, _OPTIONS, ()))
+        print(help_text(_USAGE, OPTIONS, ()))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from train.loop import Stopped, load_ema, train
+    from .loop import Stopped, load_ema, train
 
+    _find_checkpoints(command)
     try:
         task = make_task(command.config)
         if command.options.get("dry_run"):
@@ -66,9 +70,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _find_checkpoints(command: CommandLine) -> None:
+    """Turns names of shipped checkpoints into paths, so that those of a shipped config are found from anywhere."""
+    config: Any = command.config
+    for name in _CHECKPOINTS:
+        if isinstance(config.get(name), str):
+            config[name] = shipped.locate(config[name], typed=command.is_typed(name))
+
+
 def _dry_run(config: Any, task: Any) -> str:
-    from train.dry_run import describe
-    from train.tasks.distillation import Distillation
+    from .dry_run import describe
+    from .tasks.distillation import Distillation
 
     if not isinstance(task, Distillation) or not config.get("phases"):
         raise UserError(f"--dry_run describes distillations; config.task is {config.task!r}")
@@ -80,4 +92,4 @@ def make_task(config: Any) -> Any:
     if config.task not in _TASKS:
         raise UserError(f"config.task is {config.task!r}; choose {', '.join(_TASKS)}")
     module, name = _TASKS[config.task]
-    return getattr(importlib.import_module(f"train.tasks.{module}"), name)(config)
+    return getattr(importlib.import_module(f".tasks.{module}", __package__), name)(config)

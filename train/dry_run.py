@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from train.loop import optimizer_of
-from train.lora import init_lora
-from train.state import init_state
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import parameter_count
 from x2v_jax.models.networks import abstract_network
 from x2v_jax.parallel import Mesh
 
+from .loop import optimizer_of
+from .lora import init_lora
+from .state import init_state
+
 if TYPE_CHECKING:
-    from train.tasks.distillation import Distillation
+    from .tasks.distillation import Distillation
 
 # Arrays of [tokens, dim] that a gradient keeps of a block when it keeps all, counted on compiled programs' buffers.
 _KEPT_OF_A_BLOCK = 18

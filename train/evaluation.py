@@ -6,17 +6,18 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from train.data.sources import Conditions, Source, encode
-from train.pictures import save_grid
-from train.shapes import world
-from train.shapes.judge import score
-from train.shapes.real_videos import first_frames as real_first_frames
-from train.shapes.source import FirstFrameConditions, encode_frames
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.media.video import write_video
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params
+
+from .data.sources import Conditions, Source, encode
+from .pictures import save_grid
+from .shapes import world
+from .shapes.judge import score
+from .shapes.real_videos import first_frames as real_first_frames
+from .shapes.source import FirstFrameConditions, encode_frames
 
 _AT_ONCE = 24
 _SHOWN = 12

@@ -13,15 +13,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from train.checkpoints import Checkpoints, claim_directory
-from train.data.reading import read_ahead
-from train.logs import Log
-from train.optimizers import learning_rate_schedule, make_optimizer
-from train.state import Averaging, TrainState, init_state, make_update
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 from x2v_jax.memory.device import peak_bytes
 from x2v_jax.models.functional import Params, parameter_count
 from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
+
+from .checkpoints import Checkpoints, claim_directory
+from .data.reading import read_ahead
+from .logs import Log
+from .optimizers import learning_rate_schedule, make_optimizer
+from .state import Averaging, TrainState, init_state, make_update
 
 _MAX_SKIPPED_IN_A_ROW = 20
 
@@ -288,7 +290,7 @@ def _recorded(config: Any) -> dict[str, Any]:
     # Where and how often to write, and how early to read, does not make it another run.
     for name in ("run_dir", "resume_any", "read_ahead", "log_every", "eval_every", "save_every"):
         values.pop(name)
-    return values
+    return {name: shipped.recorded(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 class _StopFlag:

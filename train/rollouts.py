@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from train.data.sources import Batch, Conditions
 from x2v_jax.diffusion.flow import add_noise, timestep_from_sigma, x0_from_velocity
 from x2v_jax.diffusion.kv_cache import CacheLayout, KVCache
 from x2v_jax.diffusion.noise import block_noise, initial_noise, step_noise
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params, merge
+
+from .data.sources import Batch, Conditions
 
 Latents = Float[Array, "b f h w c"]
 # The derivative of a loss in the student's videos -> its derivative in the student's parameters.

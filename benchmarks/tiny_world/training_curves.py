@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 
@@ -46,7 +47,7 @@ def read_log(run: pathlib.Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} is no log of a training ({error}); give run directories of `python -m train`"
+            f"{file} is no log of a training ({error}); give run directories of `{shipped.command('train')}`"
         ) from None
 
 

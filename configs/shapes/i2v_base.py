@@ -2,12 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs.shapes import base
+from x2v_jax.config.load import load_config
 from x2v_jax.config.training import phase
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = load_config("configs/shapes/base.py", typed=False)
+    config.unlock()
     config.run_dir = "runs/shapes_i2v_base"
     config.init_from = "assets/shapes"
     config.vae = "assets/shapes"

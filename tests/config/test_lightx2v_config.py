@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from configs.lightx2v import read_json, strip_comments, translate
 from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
-from x2v_jax.config.flags import load_config
+from x2v_jax.config.lightx2v import read_json, strip_comments, translate
+from x2v_jax.config.load import load_config
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request import Request
@@ -209,5 +209,5 @@ def test_the_file_must_be_named():
 
 
 def test_it_is_read_without_jax():
-    code = "import sys, configs.lightx2v; from x2v_jax.config.flags import load_config; sys.exit('jax' in sys.modules)"
+    code = "import sys, configs.lightx2v; from x2v_jax.config.load import load_config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,11 +11,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.data.cache_format import INDEX_FILE, ITEMS_FILE, Plan, plan_digest, read_index, values_digest
 from x2v_jax.checkpoint.files.atomic import complete_file
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata, read_safetensors
 from x2v_jax.errors import UserError
+
+from .cache_format import INDEX_FILE, ITEMS_FILE, Plan, plan_digest, read_index, values_digest
 
 _RACE_SECONDS = 10
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 import ml_dtypes
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.errors import UserError
 
@@ -138,10 +139,10 @@ def read_index(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.is_file():
         what = "is no cache of training data (it has no index.json)" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; make one with `python -m train.prepare`")
+        raise UserError(f"{folder} {what}; make one with `{shipped.command('prepare')}`")
     index = read_json(path)
     if index.get("format") != FORMAT or index.get("kind") not in KINDS:
-        raise UserError(f"{path}: is no index of training data; give a folder that `python -m train.prepare` made")
+        raise UserError(f"{path}: is no index of training data; give a folder that `{shipped.command('prepare')}` made")
     if index.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version is {index.get('format_version')!r} and this program reads {FORMAT_VERSION}; "

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from train.data.cache import read_note
-from train.data.cache_format import Plan, plan_digest, values_digest
-from train.data.lmdb_file import LmdbData, is_lmdb
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.errors import UserError
+
+from .cache import read_note
+from .cache_format import Plan, plan_digest, values_digest
+from .lmdb_file import LmdbData, is_lmdb
 
 Progress = Callable[[int, int], None]
 

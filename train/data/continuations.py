@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from train.data.order import epoch_rows
-from train.data.prompts import PromptCache
-from train.data.sources import Batch, Conditions, encode
-from train.data.trajectories import TrajectoryCache
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.generate.network import Network
+
+from .order import epoch_rows
+from .prompts import PromptCache
+from .sources import Batch, Conditions, encode
+from .trajectories import TrajectoryCache
 
 _AT_ONCE = 16
 

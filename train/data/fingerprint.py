@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,6 @@ def require_same(where: str, recorded: str, checkpoint: "NativeCheckpoint", comp
     if fingerprint(checkpoint, component) != recorded:
         raise UserError(
             f"{where} was made with another {component} than {checkpoint.path} has; make it again with "
-            f"`python -m train.prepare {command} … --checkpoint {checkpoint.path}`, or train from the checkpoint "
+            f"`{shipped.command(f'prepare {command} … --checkpoint {checkpoint.path}')}`, or train from the checkpoint "
             "that it was made with"
         )

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from jaxtyping import Float
 
-from train.data.cache import Cache, CacheWriter
-from train.data.cache_format import DTYPES, Plan, TensorSpec, rows_for
-from train.data.clips import crop_to_aspect
-from train.data.fingerprint import fingerprint, require_same
-from train.data.items import CaptionedFile
-from train.data.latents import LatentSize, Progress, fill, latent_size_of, make_vae_runner, require_latent_size
 from x2v_jax.diffusion.image_condition import condition_mask
 from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
+
+from .cache import Cache, CacheWriter
+from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .clips import crop_to_aspect
+from .fingerprint import fingerprint, require_same
+from .items import CaptionedFile
+from .latents import LatentSize, Progress, fill, latent_size_of, make_vae_runner, require_latent_size
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint

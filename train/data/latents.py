@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from jaxtyping import Float
 
-from train.data.cache import Cache, CacheWriter
-from train.data.cache_format import DTYPES, Plan, TensorSpec, rows_for
-from train.data.clips import read_clip
-from train.data.fingerprint import fingerprint, require_same
-from train.data.items import CaptionedFile
 from x2v_jax.errors import UserError
+
+from .cache import Cache, CacheWriter
+from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .clips import read_clip
+from .fingerprint import fingerprint, require_same
+from .items import CaptionedFile
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint

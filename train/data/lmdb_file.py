@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from train.data.latents import LatentCache, LatentSize, require_latent_size
 from x2v_jax.errors import UserError
+
+from .latents import LatentCache, LatentSize, require_latent_size
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint

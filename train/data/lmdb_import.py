@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.data.cache import CacheWriter
-from train.data.cache_format import Plan, TensorSpec, rows_for
-from train.data.latents import LatentCache, Progress, fill
-from train.data.lmdb_file import LmdbData
-from train.data.trajectories import TrajectoryCache, TrajectoryWriter
 from x2v_jax.errors import UserError
+
+from .cache import CacheWriter
+from .cache_format import Plan, TensorSpec, rows_for
+from .latents import LatentCache, Progress, fill
+from .lmdb_file import LmdbData
+from .trajectories import TrajectoryCache, TrajectoryWriter
 
 
 def import_lmdb(

@@ -4,13 +4,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from train.data.images import ImageCache
-from train.data.lmdb_file import open_latents
-from train.data.prompts import PromptCache, read_prompts
-from train.data.sources import SHAPES, Source, encode
-from train.shapes.source import shapes_source
+from x2v_jax import shipped
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
+
+from ..shapes.source import shapes_source
+from .images import ImageCache
+from .lmdb_file import open_latents
+from .prompts import PromptCache, read_prompts
+from .sources import SHAPES, Source, encode
 
 
 def open_source(
@@ -62,5 +64,5 @@ def _prompts(name: str, checkpoint: NativeCheckpoint, directory: pathlib.Path) -
 
 def _given(config: Any, field: str, what: str) -> str:
     if not config.get(field):
-        raise UserError(f"config.data.{field} is not set, and {what} needs it; `python -m train.prepare` makes it")
+        raise UserError(f"config.data.{field} is not set, and {what} needs it; `{shipped.command('prepare')}` makes it")
     return config[field]

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from jaxtyping import Float
 
-from train.data.cache import Cache, CacheWriter
-from train.data.cache_format import DTYPES, Plan, TensorSpec, rows_for
-from train.data.fingerprint import fingerprint, require_same
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
+
+from .cache import Cache, CacheWriter
+from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .fingerprint import fingerprint, require_same
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint
@@ -98,7 +100,8 @@ class PromptCache:
             tensors = self._cache.shard(shard)
             begin, end = tensors["starts"].read()[position : position + 2]
             if not 0 <= begin <= end <= min(begin + self.text_len, len(tensors["tokens"].read())):
-                raise UserError(f"{self.path}: row {row} is damaged; run `python -m train.prepare check {self.path}`")
+                check = shipped.command(f"prepare check {self.path}")
+                raise UserError(f"{self.path}: row {row} is damaged; run `{check}`")
             result[place, : end - begin] = tensors["tokens"].read()[begin:end]
         return result
 
@@ -245,7 +248,7 @@ def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) ->
 
 
 def _kind_with_captions(path: pathlib.Path) -> str:
-    from train.data.cache_format import read_index
+    from .cache_format import read_index
 
     kind = read_index(path)["kind"]
     if kind not in ("latents", "images"):

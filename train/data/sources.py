@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data.order import epoch_rows
-from train.data.prompts import PromptCache, make_prompt_cache
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
+
+from .order import epoch_rows
+from .prompts import PromptCache, make_prompt_cache
 
 SHAPES = "shapes"
 

@@ -11,10 +11,11 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float
 
-from train.data.cache import Cache, CacheWriter
-from train.data.cache_format import Plan, TensorSpec, rows_for
-from train.data.latents import LatentSize, require_latent_size
 from x2v_jax.errors import UserError
+
+from .cache import Cache, CacheWriter
+from .cache_format import Plan, TensorSpec, rows_for
+from .latents import LatentSize, require_latent_size
 
 
 class TrajectoryWriter:

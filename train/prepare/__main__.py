@@ -3,8 +3,9 @@
 import signal
 import sys
 
-from train.prepare.arguments import parse
 from x2v_jax.errors import UserError
+
+from .arguments import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args = parse(arguments)
-        from train.prepare import commands
+        from . import commands
 
         return commands.run(args)
     except UserError as error:

@@ -1,8 +1,10 @@
 """The command line of `python -m train.prepare`. Imports nothing heavy: help and mistakes answer at once."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 
@@ -11,14 +13,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists what there is")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Raises:
-        UserError: it is not understood.
-    """
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
     parser = _Parser(
-        prog="python -m train.prepare",
+        prog=shipped.command("prepare"),
         description="Makes the data that training reads. An interrupted command goes on when it is given again.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -28,7 +26,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_lmdb(commands)
     check = commands.add_parser("check", help="look for damage in what the other commands made, or in an LMDB")
     check.add_argument("path", metavar="PATH")
-    return parser.parse_args(arguments)
+    return parser, commands.choices
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: it is not understood.
+    """
+    return make_parser()[0].parse_args(arguments)
 
 
 def _add_prompts(commands: Any) -> None:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> int:
-    from train.data.prompts import make_prompt_cache, read_prompts
+    from ..data.prompts import make_prompt_cache, read_prompts
 
     prompts, notes = read_prompts(args.source, skip_blank=args.skip_blank)
     _print_notes(notes)
@@ -44,8 +44,8 @@ def _prompts(args: argparse.Namespace) -> int:
 
 
 def _videos(args: argparse.Namespace) -> int:
-    from train.data.items import read_items
-    from train.data.latents import make_latent_cache
+    from ..data.items import read_items
+    from ..data.latents import make_latent_cache
 
     videos = read_items(args.source, "video")
     checkpoint = open_checkpoint(args.checkpoint)
@@ -65,8 +65,8 @@ def _videos(args: argparse.Namespace) -> int:
 
 
 def _images(args: argparse.Namespace) -> int:
-    from train.data.images import make_image_cache
-    from train.data.items import read_items
+    from ..data.images import make_image_cache
+    from ..data.items import read_items
 
     images = read_items(args.source, "image")
     checkpoint = open_checkpoint(args.checkpoint)
@@ -86,8 +86,8 @@ def _images(args: argparse.Namespace) -> int:
 
 
 def _lmdb(args: argparse.Namespace) -> int:
-    from train.data.lmdb_file import LmdbData
-    from train.data.lmdb_import import extract_images, import_lmdb
+    from ..data.lmdb_file import LmdbData
+    from ..data.lmdb_import import extract_images, import_lmdb
 
     data = LmdbData(args.source)
     with _bar("row") as progress:
@@ -101,7 +101,7 @@ def _lmdb(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from train.data.check import check
+    from ..data.check import check
 
     with _bar("part") as progress:
         report = check(args.path, progress)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from train.shapes.silhouette import SHAPES, misfits, silhouettes
+from .silhouette import SHAPES, misfits, silhouettes
 
 COLOURS = ("red", "green", "blue", "yellow")
 DIRECTIONS = ("left", "right", "up", "down")

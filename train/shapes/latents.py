@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
 from x2v_jax.models.functional import Params
+
+from . import world
 
 CAPTIONS_PER_VIDEO = 6
 _ENCODE_BATCH = 8

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from train.shapes import world
 from x2v_jax.media.pixels import to_uint8
+
+from . import world
 
 _BATCH = 32
 # A prompt names one of 48 combinations and perhaps a narrow range of sizes: so many draws hold dozens of each.

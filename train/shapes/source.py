@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.data.sources import Source, encode
-from train.shapes import world
-from train.shapes.latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.image_condition import clip_pixels, condition_mask
 from x2v_jax.generate.network import Network
+
+from ..data.sources import Source, encode
+from . import world
+from .latents import FirstFrames, condition_videos, encode_first_frames, encode_videos, scenes_of
 
 _IMAGES_AT_ONCE, _SCENES_AT_ONCE = 32, 256
 

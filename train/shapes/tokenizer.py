@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
-from train.shapes.world import vocabulary
+from .world import vocabulary
 
 # The same ids as UMT5's special tokens.
 _SPECIAL = ("<pad>", "</s>", "<unk>")

@@ -6,9 +6,10 @@ config.causal) mends that.
 
 from typing import Any
 
-from train.rollouts import NoisedVideos
-from train.tasks.dmd import DmdTask
 from x2v_jax.errors import UserError
+
+from ..rollouts import NoisedVideos
+from .dmd import DmdTask
 
 
 class CausVidTask(DmdTask):

@@ -10,12 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.data.open_source import open_source
-from train.data.sources import SHAPES, Batch, Conditions, Source
-from train.evaluation import evaluate_students
-from train.lora import LoraConfig, apply_lora, init_lora
-from train.references import relative_reference
-from train.rollouts import BlockByBlock, Rollout, WholeVideo
 from x2v_jax.checkpoint.lora.write import DIALECTS, write_lora
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint, save_native
 from x2v_jax.diffusion.schedules import step_sigmas
@@ -24,6 +18,13 @@ from x2v_jax.generate.network import Network
 from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, flatten
 from x2v_jax.models.networks import abstract_network
+
+from ..data.open_source import open_source
+from ..data.sources import SHAPES, Batch, Conditions, Source
+from ..evaluation import evaluate_students
+from ..lora import LoraConfig, apply_lora, init_lora
+from ..references import relative_reference
+from ..rollouts import BlockByBlock, Rollout, WholeVideo
 
 
 class Distillation:

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.continuations import Continuations, open_continuations
-from train.data.sources import Batch, Conditions
-from train.rollouts import sample_keys, velocity_of
-from train.shapes.world import turned
-from train.tasks.distillation import Distillation
 from x2v_jax.diffusion import dmd
 from x2v_jax.diffusion.flow import add_noise, velocity_target
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params, merge
+
+from ..data.continuations import Continuations, open_continuations
+from ..data.sources import Batch, Conditions
+from ..rollouts import sample_keys, velocity_of
+from ..shapes.world import turned
+from .distillation import Distillation
 
 _Answer = tuple[jax.Array, Params, dict[str, jax.Array]]
 

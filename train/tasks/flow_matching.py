@@ -14,21 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.evaluation import shapes_scores
-from train.loop import SingleRoleTask
-from train.pictures import save_grid
-from train.references import relative_reference
-from train.shapes import world
-from train.shapes.latents import (
-    CAPTIONS_PER_VIDEO,
-    FirstFrames,
-    ShapesLatents,
-    condition_videos,
-    encode_first_frames,
-    encode_videos,
-)
-from train.shapes.real_videos import first_frames
-from train.shapes.tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.diffusion import unipc
 from x2v_jax.diffusion.flow import add_noise, guided_velocity, shift_sigma, timestep_from_sigma, velocity_target
@@ -38,6 +23,22 @@ from x2v_jax.generate.network import Network
 from x2v_jax.models.config import ClipConfig, Config, Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, flatten, merge, split, unflatten
 from x2v_jax.models.networks import abstract_network, make_network
+
+from ..evaluation import shapes_scores
+from ..loop import SingleRoleTask
+from ..pictures import save_grid
+from ..references import relative_reference
+from ..shapes import world
+from ..shapes.latents import (
+    CAPTIONS_PER_VIDEO,
+    FirstFrames,
+    ShapesLatents,
+    condition_videos,
+    encode_first_frames,
+    encode_videos,
+)
+from ..shapes.real_videos import first_frames
+from ..shapes.tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
 
 
 class ImageBatch(NamedTuple):

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from train.data.sources import Conditions
-from train.data.trajectories import TrajectoryWriter
-from train.rollouts import velocity_of
-from train.tasks.distillation import Distillation
 from x2v_jax.diffusion.flow import guided_velocity, shift_sigma, timestep_from_sigma
 from x2v_jax.diffusion.noise import initial_noise
 from x2v_jax.errors import UserError
 from x2v_jax.models.functional import Params, merge
+
+from ..data.sources import Conditions
+from ..data.trajectories import TrajectoryWriter
+from ..rollouts import velocity_of
+from .distillation import Distillation
 
 
 class OdePairs(Distillation):

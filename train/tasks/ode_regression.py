@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.order import epoch_rows
-from train.data.sources import encode
-from train.data.trajectories import TrajectoryCache
-from train.tasks.distillation import Distillation
 from x2v_jax.diffusion.flow import timestep_from_sigma, x0_from_velocity
 from x2v_jax.errors import UserError
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.functional import Params, merge
+
+from ..data.order import epoch_rows
+from ..data.sources import encode
+from ..data.trajectories import TrajectoryCache
+from .distillation import Distillation
 
 
 class OdeRegressionTask(Distillation):

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.loop import SingleRoleTask
-from train.pictures import save_grid
-from train.shapes import world
 from x2v_jax.checkpoint.native.reader import save_native
 from x2v_jax.models.config import Schedule, VaeConfig
 from x2v_jax.models.functional import Params, flatten, merge, split
 from x2v_jax.models.networks import abstract_network
 from x2v_jax.models.vae import WanVae
+
+from ..loop import SingleRoleTask
+from ..pictures import save_grid
+from ..shapes import world
 
 
 class VaeTask(SingleRoleTask):

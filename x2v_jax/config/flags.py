@@ -7,18 +7,14 @@ known key. Nothing in this file imports jax.
 import ast
 import dataclasses
 import difflib
-import importlib.util
-import pathlib
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from x2v_jax.config.load import is_shipped, load_config
 from x2v_jax.errors import UserError
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +36,20 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """A parsed command line. `overrides` are the --config.KEY values in their own types, already set in `config`."""
+    """A parsed command line. `overrides` are the --config.KEY values in their own types, already set in `config`.
+
+    is_shipped: whether the config file is one of the project's.
+    """
 
     config: ml_collections.ConfigDict
     config_file: str | None
     overrides: dict[str, Any]
     options: dict[str, Any]
+    is_shipped: bool = True
+
+    def is_typed(self, name: str) -> bool:
+        """Whether the user wrote the value of a key, on the command line or in a config file."""
+        return name in self.overrides or not self.is_shipped
 
 
 class HelpAsked(Exception):
@@ -103,51 +107,15 @@ def parse(
             found[name[2:]] = text if takes_value else True
         else:
             known = [f"--{option}" for option in options] + ["--config", "--help"]
-            raise UserError(_unknown_option(name, known, load_config(default_config), other_names or {}))
-    config = load_config(file or default_config)
+            raise UserError(_unknown_option(name, known, load_config(default_config, typed=False), other_names or {}))
+    config = load_config(file) if file else load_config(default_config, typed=False)
     overrides = {}
     for name, text in texts.items():
         if name.split(".")[0] not in config:
             name = name.replace(".", "_")  # keys that belong together may be written as of a group: rollout.mode
         overrides[name] = parse_value(config, name, text)
         set_key(config, name, overrides[name])
-    return CommandLine(config, file, overrides, found)
-
-
-def load_config(spec: str) -> ml_collections.ConfigDict:
-    """The locked config that `FILE.py[:ARGUMENT]` gives: its get_config() or get_config(ARGUMENT).
-
-    FILE is looked for from the present folder, then in this project.
-
-    Raises:
-        UserError: no such file, it cannot be run, or it gives no config.
-    """
-    name, _, argument = spec.partition(".py:") if ".py:" in spec else (spec.removesuffix(".py"), "", None)
-    path = pathlib.Path(name + ".py")
-    path = path if path.is_file() else _ROOT / path
-    if not path.is_file():
-        known = sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "configs").glob("*/[!_]*.py"))
-        near = difflib.get_close_matches(name + ".py", known, 1, 0.5)
-        advice = f"did you mean {near[0]}?" if near else f"give an existing one, such as {known[0]}"
-        raise UserError(f"--config={spec}: no such file; {advice}")
-    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert module_spec and module_spec.loader  # a .py file always has both
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        get_config = module.get_config
-        config = get_config() if argument is None else get_config(argument)
-    except UserError:
-        raise
-    except TypeError as error:
-        needs = "an argument: write FILE.py:ARGUMENT" if argument is None else "no argument"
-        raise UserError(f"--config={spec}: get_config takes {needs} ({_where(error)})") from error
-    except Exception as error:  # whatever the user's file raises is the user's to see, as one sentence
-        raise UserError(f"--config={spec} does not load: {_where(error)}; mend that file") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; return a ConfigDict")
-    config.lock()
-    return config
+    return CommandLine(config, file, overrides, found, is_shipped=file is None or is_shipped(file))
 
 
 def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
@@ -254,9 +222,3 @@ def _unknown_option(
     near = difflib.get_close_matches(name, [*options, *(f"--{key}" for key in config)], 1, 0.6)
     near = [n if n in options else f"--config.{n[2:]}=VALUE" for n in near]
     return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(options)}")
-
-
-def _where(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

@@ -8,11 +8,12 @@ from typing import Any
 
 import ml_collections
 
+from x2v_jax import shipped
 from x2v_jax.config.flags import Key, make_config
 
 # A default that is a type means: None unless set, and then the checkpoint's own schedule decides.
 KEYS = (
-    Key("checkpoint", "assets/shapes", "folder of a checkpoint made by `python -m convert`"),
+    Key("checkpoint", "assets/shapes", f"folder of a checkpoint made by `{shipped.command('convert')}`"),
     Key("task", str, "t2v or i2v: refuse a checkpoint that does the other"),
     Key("lora", (), 'LoRA files merged at load: (("file.safetensors", 1.0), …)'),
     Key("prompt", "", "what the video shows"),

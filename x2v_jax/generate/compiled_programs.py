@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 FORMAT = "x2v-jax compiled programs"
@@ -171,8 +172,8 @@ def _short(value: object) -> str:
 
 def _refuse(path: pathlib.Path, why: str) -> None:
     warnings.warn(
-        f"compiled_programs: {path} {why}; everything is compiled instead. Make the file with `python -m infer "
-        "--warmup` and this run's other settings",
+        f"compiled_programs: {path} {why}; everything is compiled instead. Make the file with "
+        f"`{shipped.command('infer --warmup')}` and this run's other settings",
         stacklevel=3,
     )
 

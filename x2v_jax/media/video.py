@@ -19,6 +19,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.atomic import complete_file
 from x2v_jax.errors import UserError
 
@@ -110,7 +111,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise UserError(f"{os.fspath(path)} carries no settings; give an mp4 as `python -m infer` wrote it")
+        raise UserError(f"{os.fspath(path)} carries no settings; give an mp4 as `{shipped.command('infer')}` wrote it")
     return metadata
 
 

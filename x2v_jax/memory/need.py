@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.memory import advice, predict
@@ -72,7 +73,7 @@ class MemoryNeed:
             found.append(Change("set kv_cache to 'int8'", {"blocks": dataclasses.replace(blocks, kv_cache="int8")}))
         floats = [name for name in self.configs if name != "vae" and not self.checkpoint.quantization(name)]
         if "transformer" in floats:
-            words = "use a checkpoint with 8-bit weights (`python -m convert wan … --quantize int8`)"
+            words = f"use a checkpoint with 8-bit weights (`{shipped.command('convert wan … --quantize int8')}`)"
             found.append(Change(words, {"quantized": ["transformer"]}))
         if "text_encoder" in floats and self.encodes_text:
             words = "bring the text encoder to 8 bits too (`--quantize-component text_encoder`)"

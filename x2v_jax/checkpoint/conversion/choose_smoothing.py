@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.published.open import PublishedNetwork
@@ -14,7 +15,9 @@ def check_smoothing(options: ConversionOptions) -> None:
     """Raises a UserError where options contradict each other, before any file is opened."""
     if options.smooth is None:
         if options.smooth_alpha is not None:
-            raise UserError("--smooth-alpha: give with --smooth the file that `python -m convert calibrate` made")
+            raise UserError(
+                f"--smooth-alpha: give with --smooth the file that `{shipped.command('convert calibrate')}` made"
+            )
         return
     if options.quantize not in ("int8", "fp8"):
         raise UserError("--smooth: it prepares weights for 8 bits; give --quantize int8 or fp8 with it")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.stream import Findings
 from x2v_jax.checkpoint.files.arrays import has_nonfinite, row_pieces
@@ -41,7 +42,8 @@ def open_native_source(
         smoothed = native.has("transformer") and native.smoothing("transformer") is not None
         what = _FOR_SMOOTHED if smoothed else "--quantize int8, fp8 or none, --dtype or --lora"
         raise UserError(
-            f"{native.path} is converted already; run it with `python -m infer --config.checkpoint={native.path}`, or "
+            f"{native.path} is converted already; run it with "
+            f"`{shipped.command(f'infer --config.checkpoint={native.path}')}`, or "
             f"say what to change with {what}"
         )
     for flag, given in (("--variant", options.variant), ("--set", options.settings)):

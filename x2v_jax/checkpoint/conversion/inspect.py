@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.conversion.choose_quantization import stored_quantization
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import without_advice
@@ -206,7 +207,7 @@ def _native(checkpoint: NativeCheckpoint, memory: Memory) -> Description:
         left_out={},
         variants=(checkpoint.variant,),
         # What is damaged would not run.
-        commands=() if any(n.problems for n in networks) else (f"python -m infer --config.checkpoint={path}",),
+        commands=() if any(n.problems for n in networks) else (shipped.command(f"infer --config.checkpoint={path}"),),
     )
 
 
@@ -262,17 +263,17 @@ def _model_name(config: WanConfig | None, present: Iterable[str]) -> str:
 def _commands(layout: Layout) -> tuple[str, ...]:
     path = shlex.quote(str(layout.path))
     if layout.kind == "lora":
-        return (f"python -m convert wan MODEL DST --lora {path}",)
+        return (shipped.command(f"convert wan MODEL DST --lora {path}"),)
     if layout.kind == "calibration":
-        return (f"python -m convert wan MODEL DST --quantize int8 --smooth {path}",)
+        return (shipped.command(f"convert wan MODEL DST --quantize int8 --smooth {path}"),)
     if not layout.sources:
         return ()
     states = [s for s in layout.of("transformer") if s.state and s.variant is None]
     if states:
-        return (f"python -m convert wan {path} DST --variant distill|causvid|self_forcing",)
+        return (shipped.command(f"convert wan {path} DST --variant distill|causvid|self_forcing"),)
     if len(layout.variants) > 1:
-        return tuple(f"python -m convert wan {path} DST --variant {variant}" for variant in layout.variants)
-    return (f"python -m convert wan {path} DST",)
+        return tuple(shipped.command(f"convert wan {path} DST --variant {variant}") for variant in layout.variants)
+    return (shipped.command(f"convert wan {path} DST"),)
 
 
 def to_text(found: Description, counted: str = "") -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora.match import Change, TensorLike, plan_merge
 from x2v_jax.checkpoint.lora.read import SUFFIXES, LoraFile
@@ -123,8 +124,8 @@ def merge_into_native(
     if loras and is_smoothed(tensors):
         raise UserError(
             f"lora: {loras[0][0].path} cannot be merged into a smoothed 8-bit checkpoint, whose weights hold factors "
-            "of its activations; merge it into the 16- or 32-bit checkpoint and quantize the result: `python -m "
-            "convert wan SRC DST --lora FILE --quantize int8 --smooth CALIBRATION`"
+            "of its activations; merge it into the 16- or 32-bit checkpoint and quantize the result: "
+            f"`{shipped.command('convert wan SRC DST --lora FILE --quantize int8 --smooth CALIBRATION')}`"
         )
     quantization = quantization_of(tensors)
     present = [row for row in rows if row.native in tensors]

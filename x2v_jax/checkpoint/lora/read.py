@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.checkpoint.files.torch_reader import read_torch_file
@@ -80,7 +81,7 @@ class LoraFile:
             sample = ", ".join(list(tensors)[:3]) or "no tensors at all"
             raise UserError(
                 f"lora: {path} holds no LoRA tensors (it has {sample}). Give a file of lora_A / lora_B or "
-                "lora_down / lora_up pairs; whole checkpoints are converted with python -m convert wan."
+                f"lora_down / lora_up pairs; whole checkpoints are converted with {shipped.command('convert wan')}."
             )
         scaling = _Scaling.from_config(path, stated) if stated else None
         made = tuple(_module(path, name, keys, tensors, scaling) for name, keys in modules.items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.arrays import is_float
 from x2v_jax.checkpoint.files.json_file import is_plain_name, read_json
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
@@ -162,7 +163,8 @@ class NativeCheckpoint:
         tensors: dict[str, LazyTensor] = {}
         for path in self.files(component):
             if not path.is_file():
-                raise UserError(f"{path} is missing; convert the checkpoint again or copy the whole folder")
+                advice = shipped.missing(path)
+                raise UserError(advice or f"{path} is missing; convert the checkpoint again or copy the whole folder")
             for name, tensor in read_safetensors(path).items():
                 if name in tensors:
                     raise UserError(f"{path}: {name} is in another file of the checkpoint too; convert it again")
@@ -255,7 +257,7 @@ class NativeCheckpoint:
         if quantization is not None:
             raise UserError(
                 f"{self.path}: the {component} is {quantization}, and floats are needed here; give a checkpoint of its "
-                "16- or 32-bit weights, or dequantize it with `python -m convert wan … --quantize none`"
+                f"16- or 32-bit weights, or dequantize it with `{shipped.command('convert wan … --quantize none')}`"
             )
 
     def _scales(self, component: str) -> set[str]:
@@ -308,13 +310,13 @@ def _check_types(component: str, tensors: Mapping[str, LazyTensor], quantization
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
-    """Opens a native checkpoint.
+    """Opens a native checkpoint. A shipped one (assets/shapes_t2v_4step) is found from every folder.
 
     Raises:
         UserError: the folder is missing, is no native checkpoint (the message says how to convert it), or was written
             by a newer version.
     """
-    folder = pathlib.Path(path)
+    folder = shipped.find(path)
     if folder.name == MODEL_FILE:
         folder = folder.parent
     file = folder / MODEL_FILE
@@ -323,7 +325,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
     if not file.is_file():
         raise UserError(
             f"checkpoint {str(path)!r} is not a converted checkpoint (it has no {MODEL_FILE}); convert it with "
-            f"`python -m convert wan {path} DST` and give DST"
+            f"`{shipped.command(f'convert wan {path} DST')}` and give DST"
         )
     model = read_json(file)
     if model.get("format") != FORMAT:

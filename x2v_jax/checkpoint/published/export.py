@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.arrays import contiguous
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter
@@ -86,14 +87,14 @@ def export(
     if smoothed := [c for c in present if native.smoothing(c) is not None]:
         raise UserError(
             f"--layout {layout}: no published layout has a place for the factors of the smoothed {smoothed[0]}; export "
-            "a checkpoint that was quantized without --smooth, or multiply this one out first with `python -m convert "
-            "wan … --quantize none`"
+            "a checkpoint that was quantized without --smooth, or multiply this one out first with "
+            f"`{shipped.command('convert wan … --quantize none')}`"
         )
     quantized = [c for c in present if native.quantization(c)]
     if quantized and layout != "lightx2v":
         raise UserError(
             f"--layout {layout}: it has no place for the 8-bit weights of the {', '.join(quantized)}; give --layout "
-            "lightx2v, or dequantize them first with `python -m convert wan … --quantize none`"
+            f"lightx2v, or dequantize them first with `{shipped.command('convert wan … --quantize none')}`"
         )
     tensors = {component: official_tensors(native, component) for component in present}
     total = sum(t.nbytes for one in tensors.values() for t in one.values())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import COMPONENTS
@@ -82,7 +83,8 @@ def _holds(layout: Layout) -> str:
     if inside:
         return f"it holds {', '.join(inside)}"
     reasons = _reasons(layout)
-    return f"no Wan2.1 weights found{reasons}; `python -m convert inspect {layout.path}` lists what is there"
+    inspect = shipped.command(f"convert inspect {layout.path}")
+    return f"no Wan2.1 weights found{reasons}; `{inspect}` lists what is there"
 
 
 def _reasons(layout: Layout) -> str:

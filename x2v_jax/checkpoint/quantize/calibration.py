@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_metadata, read_safetensors, without_advice
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.errors import UserError
@@ -18,7 +19,7 @@ from x2v_jax.models.config import WanConfig
 SUFFIX = ".safetensors"
 FORMAT = "x2v-jax calibration"
 _VERSION = "1"
-_COMMAND = "`python -m convert calibrate`"
+_COMMAND = f"`{shipped.command('convert calibrate')}`"
 # What makes two transformers' activations the same arrays.
 _SIZES = ("model_type", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim")
 # What its header tells of the recording itself; a checkpoint that was smoothed by it repeats this.
@@ -51,7 +52,7 @@ class Calibration:
         if wrong:
             raise UserError(
                 f"{self._where}: it was recorded with a model of other sizes ({', '.join(wrong)}); give the file that "
-                "`python -m convert calibrate` made with this very model"
+                f"{_COMMAND} made with this very model"
             )
         shape = (config.num_layers, config.dim)
         problems = [
@@ -119,7 +120,8 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
     if path.is_dir():
         raise UserError(f"--smooth {path}: it is a folder; give the file that {_COMMAND} made, which ends in {SUFFIX}")
     if not path.is_file():
-        raise UserError(f"--smooth {path}: there is no such file; `python -m convert calibrate CKPT {path}` makes one")
+        calibrate = shipped.command(f"convert calibrate CKPT {path}")
+        raise UserError(f"--smooth {path}: there is no such file; `{calibrate}` makes one")
     try:
         header: Mapping[str, Any] = read_metadata(path)
         tensors = read_safetensors(path)

@@ -1,3 +1,0 @@
-"""What travels with the library: its version."""
-
-VERSION = "0.1.0"
