@@ -37,8 +37,9 @@ _FULL_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number for each channel
 
 # The place of a row, a tile or a step; most are traced.
 Index = Array | int
-# What lies in memory, by name: arrays, and the barriers that say when they are there.
-Refs = dict[str, jax.Ref]
+# What lies in memory, by name: arrays, and the barriers that say when they are there. `jax.Ref`, or a view of one in
+# another layout, whose type jax does not export.
+Refs = dict[str, Any]
 # Output, maximum and sum of a warpgroup's queries so far.
 Carry = tuple[Array, Array, Array]
 # Of queries and of values.

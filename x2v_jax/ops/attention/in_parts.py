@@ -165,8 +165,7 @@ def _by_rows(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows, 
             k, v = (x.swapaxes(1, 2) for x in read(source, start, part, 0, h))
             scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
             place = start + jnp.arange(part)
-            counts = jax.lax.broadcast_to_rank((place >= i * part) & (place < length), scores.ndim)
-            scores = jnp.where(counts, scores, -jnp.inf)
+            scores = jnp.where((place >= i * part) & (place < length), scores, -jnp.inf)
             # Finite from the first part on: at least one row counts there.
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, decay = jnp.exp(scores - new_top), jnp.exp(top - new_top)

@@ -71,7 +71,7 @@ def quantize(
     there = None if key_length is None else (jnp.arange(keys) < key_length)[:, None, None]
 
     k32 = _only(there, k.astype(jnp.float32))
-    mean = k32.sum(1, keepdims=True) / (keys if key_length is None else key_length)
+    mean = k32.sum(1, keepdims=True) / (keys if key_length is None else key_length.astype(jnp.float32))
     centred = _only(there, k32 - mean)
     blocks = -(-keys // SCALE_BLOCK)
     k_scale = _scale_for(_of_blocks(jnp.abs(centred).max(-1), blocks).max(2), dtype)  # [B, blocks, H]

@@ -151,7 +151,4 @@ def _attend_heads(
 
 
 def _without_keys_past(key_length: Array | None, scores: Array) -> Array:
-    if key_length is None:
-        return scores
-    counts = jax.lax.broadcast_to_rank(jnp.arange(scores.shape[-1]) < key_length, scores.ndim)
-    return jnp.where(counts, scores, -jnp.inf)
+    return scores if key_length is None else jnp.where(jnp.arange(scores.shape[-1]) < key_length, scores, -jnp.inf)

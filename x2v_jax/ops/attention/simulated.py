@@ -93,8 +93,7 @@ def _attend(parts: Quantized, q: Array, q_scale: Array, tiles: Array) -> tuple[A
         scores = scores * (q_scale * jax.lax.dynamic_index_in_dim(parts.k_scale, tile, axis=2))[..., None]
         if limits is not None:
             key = tile * SCALE_BLOCK + jnp.arange(SCALE_BLOCK)
-            counts = jax.lax.broadcast_to_rank((key >= limits[0]) & (key < limits[1]), scores.ndim)
-            scores = jnp.where(counts, scores, -jnp.inf)
+            scores = jnp.where((key >= limits[0]) & (key < limits[1]), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         decay = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - (new_top - bits)[..., None])

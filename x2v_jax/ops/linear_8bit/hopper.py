@@ -30,8 +30,9 @@ from x2v_jax.ops.linear_8bit.reference import Activation
 
 plgpu: Any = mosaic_gpu  # its annotations lag behind it
 
-# What lies in memory, by name: arrays, and the barriers that say when they are there.
-Refs = dict[str, jax.Ref]
+# What lies in memory, by name: arrays, and the barriers that say when they are there. `jax.Ref`, or a view of one in
+# another layout, whose type jax does not export.
+Refs = dict[str, Any]
 
 _WARPGROUPS = 2
 _ROWS = 64  # a warpgroup; what one wgmma takes
