@@ -13,8 +13,8 @@ from x2v_jax.config.inference import KEYS
 
 from . import outputs, start, warm_up
 from .interrupts import Interrupts
-from .settings import Job, Settings, read_settings
 from .record import stream_video
+from .settings import Job, Settings, read_settings
 
 if TYPE_CHECKING:
     from x2v_jax.pipeline import Pipeline, Result

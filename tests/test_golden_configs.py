@@ -12,7 +12,7 @@ GOLDEN = ROOT / "tests" / "golden" / "configs"
 CONFIGS = sorted(
     path.relative_to(ROOT / "configs").with_suffix("")
     for path in (ROOT / "configs").rglob("*.py")
-    if "def get_config(" in path.read_text()
+    if "get_config" in path.read_text()
 )
 # Of files whose get_config takes one.
 ARGUMENTS = {"lightx2v": f":{ROOT / 'tests' / 'golden' / 'lightx2v_input.json'}"}

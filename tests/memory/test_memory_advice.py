@@ -13,7 +13,7 @@ from x2v_jax import Pipeline
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate.vae import VaeRunner
-from x2v_jax.memory import predict
+from x2v_jax.memory import device, predict
 from x2v_jax.memory.need import MemoryNeed, block_sizes
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request import Request
@@ -103,7 +103,7 @@ def test_the_sentence_names_the_phase_the_parts_and_settings_that_fit(base: Pipe
 
 def test_several_settings_are_named_together_where_none_suffices_alone(base: Pipeline):
     own = needs(base, full_size=True)
-    both = own.plan(sequential_guidance=True, vae_decode="tiled", latents=(21, 60, 104)).peak
+    both = own.plan(sequential_guidance=True, vae_decode="tiled", latent_size=(21, 60, 104)).peak
     sentence = own.explain(both)
     assert "set sequential_guidance to true and" in sentence and " and ask for 480 x 832 pixels (" in sentence
     assert float(re.findall(r"\(([\d.]+) GB\)", sentence)[-1]) * 1e9 <= both + 5e7
@@ -131,11 +131,11 @@ def test_a_limit_is_kept_and_a_prediction_is_only_a_warning(
         limited.generate(request)
     assert loaded and not any(part.is_loaded for part in limited._components.networks.values())
     peak = distilled.plan(request).peak
-    monkeypatch.setattr(predict, "device_bytes", lambda: peak)
-    monkeypatch.setattr(predict, "device_bytes_free", lambda: peak // 2)
+    monkeypatch.setattr(device, "device_bytes", lambda: peak)
+    monkeypatch.setattr(device, "device_bytes_free", lambda: peak // 2)
     with pytest.warns(UserWarning, match="may not be enough"):
         distilled.check_memory(request)
-    monkeypatch.setattr(predict, "device_bytes", lambda: 100)
+    monkeypatch.setattr(device, "device_bytes", lambda: 100)
     with pytest.raises(UserError, match="the weights that are needed at one time take"):
         distilled.check_memory(request)
 
@@ -153,7 +153,7 @@ def test_the_plan_counts_8_bit_weights_and_blocks_on_the_host(base: Pipeline):
     assert floats.weights["transformer"] - eight.weights["transformer"] == 2 * elements - (elements + scales)
     network = base._components.network("transformer")
     blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(network.load()["blocks"]))
-    deep = needs(base, full_size=True).plan(offload="blocks", latents=(2, 4, 6))
+    deep = needs(base, full_size=True).plan(offload="blocks", latent_size=(2, 4, 6))
     assert own.plan(offload="blocks").host == blocks and deep.host == blocks
     assert deep.parts["denoise"]["transformer"] == floats.weights["transformer"] - blocks + 2 * blocks // 40
     assert deep.weights == floats.weights

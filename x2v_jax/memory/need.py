@@ -20,7 +20,7 @@ _SHORT = 5  # latent frames: 17 frames
 class MemoryNeed:
     """What a video takes of the device.
 
-    latents: frames, height and width.
+    latent_size: frames, height and width.
     guided: whether each step runs the network twice.
     encodes_text: whether the text encoder is needed.
     blocks: of a block-by-block video; None for one that is made as a whole.
@@ -29,7 +29,7 @@ class MemoryNeed:
 
     checkpoint: NativeCheckpoint
     configs: Mapping[str, Any]
-    latents: tuple[int, int, int]
+    latent_size: tuple[int, int, int]
     guided: bool
     encodes_text: bool
     blocks: predict.BlockSizes | None
@@ -41,7 +41,7 @@ class MemoryNeed:
         """The prediction, with some arguments of `memory.plan` replaced."""
         options = self.options
         arguments: dict[str, Any] = {
-            "latents": self.latents,
+            "latent_size": self.latent_size,
             "guided": self.guided,
             "dtype": options.dtype,
             "vae_dtype": options.vae_dtype,
@@ -82,18 +82,18 @@ class MemoryNeed:
             found.append(Change("set offload to 'blocks'", {"offload": "blocks"}))
         if options.dtype == "float32":
             found.append(Change("set dtype to 'bfloat16'", {"dtype": "bfloat16"}))
-        frames, height, width = self.latents
+        frames, height, width = self.latent_size
         stride = self.configs["vae"].spatial_stride
         small = (min(height, max(_SMALL)), min(width, min(_SMALL)))
         if width >= height:
             small = (min(height, min(_SMALL)), min(width, max(_SMALL)))
         if small != (height, width):
             words = f"ask for {small[0] * stride} x {small[1] * stride} pixels"
-            found.append(Change(words, {"latents": (frames, *small)}))
+            found.append(Change(words, {"latent_size": (frames, *small)}))
         if blocks is None and frames > _SHORT:
             fewer = max(_SHORT, frames // 2)
             count = (fewer - 1) * self.configs["vae"].temporal_stride + 1
-            found.append(Change(f"ask for {count} frames", {"latents": (fewer, height, width)}))
+            found.append(Change(f"ask for {count} frames", {"latent_size": (fewer, height, width)}))
         return found
 
 

@@ -117,7 +117,7 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
 def plan(
     checkpoint: Weights,
     configs: Mapping[str, Any],
-    latents: Sequence[int],
+    latent_size: Sequence[int],
     *,
     guided: bool,
     dtype: str = "bfloat16",
@@ -137,7 +137,7 @@ def plan(
     Args:
         checkpoint: its tensors' shapes and types are read, not their values.
         configs: of the components it has.
-        latents: frames, height and width of the latents.
+        latent_size: frames, height and width of the latents.
         guided: whether there are two passes a step.
         offload: "blocks" leaves the transformer's blocks in the host's memory.
         quantized: components to be counted as if their matrices were in 8 bits, whatever they are.
@@ -167,37 +167,39 @@ def plan(
         work = text_bytes(configs["text_encoder"], wan.text_len, size)
         parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": work}
 
-    def encode(latents: Sequence[int]) -> int:
-        method = vae_memory.encode_method(vae_config, latents, vae_size)
-        return vae_memory.encode_bytes(vae_config, latents, method, vae_size)
+    def encode(latent_size: Sequence[int]) -> int:
+        method = vae_memory.encode_method(vae_config, latent_size, vae_size)
+        return vae_memory.encode_bytes(vae_config, latent_size, method, vae_size)
 
     if wan.model_type == "i2v":
-        work = max(clip_bytes(configs["image_encoder"], size), encode(latents))
+        work = max(clip_bytes(configs["image_encoder"], size), encode(latent_size))
         parts["image"] = base | encoders | vae | {"activations": work}
     if blocks is not None and blocks.encoded:
         # In pieces, each of which is given the convolutions' frames of the one before.
-        work = encode((blocks.encoded, *latents[1:])) + vae_memory.decoder_cache_bytes(vae_config, latents, vae_size)
+        work = encode((blocks.encoded, *latent_size[1:])) + vae_memory.decoder_cache_bytes(
+            vae_config, latent_size, vae_size
+        )
         parts["image"] = base | kept | vae | {"activations": work}
     if blocks is not None:
-        own = denoise_bytes(wan, (blocks.block, *latents[1:]), 1, size, on_cpu=on_cpu, window=blocks.window)
-        resident = base | kept | transformer | vae | {"keys and values": kv_cache_bytes(wan, latents, blocks)}
-        frames = vae_memory.decoder_cache_bytes(vae_config, latents, vae_size)
+        own = denoise_bytes(wan, (blocks.block, *latent_size[1:]), 1, size, on_cpu=on_cpu, window=blocks.window)
+        resident = base | kept | transformer | vae | {"keys and values": kv_cache_bytes(wan, latent_size, blocks)}
+        frames = vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
         parts["denoise"] = resident | {"activations": own, "decoder's frames": frames}
-        decoded = (2, *latents[1:])
+        decoded = (2, *latent_size[1:])
         method = vae_memory.decode_method(vae_config, decoded, _less(available, resident), vae_size)
         method = "tiled" if "tiled" in (vae_decode, method if vae_decode == "auto" else "") else "stream"
         decode = vae_memory.decode_bytes(vae_config, decoded, method, vae_size)
         parts["vae"] = resident | {"activations": decode, "decoder's frames": frames}
     else:
         batch = 2 if guided and not sequential_guidance else 1
-        own = denoise_bytes(wan, latents, batch, size, on_cpu=on_cpu)
+        own = denoise_bytes(wan, latent_size, batch, size, on_cpu=on_cpu)
         before = vae if wan.model_type == "i2v" else {}  # loaded for the image already
         parts["denoise"] = base | kept | transformer | before | {"activations": own}
         resident = base | kept | transformer | vae
         method = vae_decode
         if method == "auto":
-            method = vae_memory.decode_method(vae_config, latents, _less(available, resident), vae_size)
-        parts["vae"] = resident | {"activations": vae_memory.decode_bytes(vae_config, latents, method, vae_size)}
+            method = vae_memory.decode_method(vae_config, latent_size, _less(available, resident), vae_size)
+        parts["vae"] = resident | {"activations": vae_memory.decode_bytes(vae_config, latent_size, method, vae_size)}
     return MemoryPlan(weights, parts, host)
 
 
@@ -221,35 +223,41 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: 
 
 
 def denoise_bytes(
-    config: WanConfig, latents: Sequence[int], batch: int, size: int, *, on_cpu: bool = False, window: int | None = None
+    config: WanConfig,
+    latent_size: Sequence[int],
+    batch: int,
+    size: int,
+    *,
+    on_cpu: bool = False,
+    window: int | None = None,
 ) -> int:
     """Activations of one pass of the transformer.
 
     Args:
-        latents: frames, height, width.
+        latent_size: frames, height, width.
         batch: 2 with guidance in one pass.
         size: bytes of an element in matmuls.
         on_cpu: scores of attention are not counted: there they are made in blocks that the cache holds.
-        window: latent frames that are attended to, where these are not `latents`' own.
+        window: latent frames that are attended to, where these are not `latent_size`' own.
     """
-    length = math.prod(n // p for n, p in zip(latents, config.patch_size, strict=True))
-    keys = length if window is None else length // latents[0] * window
+    length = math.prod(n // p for n, p in zip(latent_size, config.patch_size, strict=True))
+    keys = length if window is None else length // latent_size[0] * window
     tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
     # Residual stream, its normalised copy and the gated sum in float32; q, k, v and the attention's result.
     per_token = config.dim * (3 * 4 + 4 * size) + config.ffn_dim * size
     if config.model_type == "i2v":
         per_token += config.dim * (size + 1)  # attention to the image beside that to the text; fitted
-    elements = math.prod(latents) * config.in_dim * batch
+    elements = math.prod(latent_size) * config.in_dim * batch
     return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
 
 
-def kv_cache_bytes(config: WanConfig, latents: Sequence[int], blocks: BlockSizes) -> int:
+def kv_cache_bytes(config: WanConfig, latent_size: Sequence[int], blocks: BlockSizes) -> int:
     """The cache of `diffusion.kv_cache`: keys and values of a window in every layer, and those of the prompt.
 
     Args:
-        latents: frames, height, width; the frames do not matter.
+        latent_size: frames, height, width; the frames do not matter.
     """
-    tokens = math.prod(n // p for n, p in zip(latents[1:], config.patch_size[1:], strict=True))
+    tokens = math.prod(n // p for n, p in zip(latent_size[1:], config.patch_size[1:], strict=True))
     eight_bit = 1.0 + 4 / config.head_dim  # a float32 scale for each head of each row
     widths = {"float32": 4.0, "bfloat16": 2.0, "int8": eight_bit, "int8_e4m3": eight_bit}
     floating = 4.0 if blocks.kv_cache == "float32" else 2.0

@@ -15,14 +15,14 @@ WHOLE_LIMIT = 1 << 30
 _WHOLE_PICTURES, _PIECE_PICTURES, _ENCODE_PICTURES = 6, 15, 11
 
 
-def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str, size: int = 4) -> int:
+def decode_bytes(config: VaeConfig, latent_size: Sequence[int], method: str, size: int = 4) -> int:
     """Activations of the VAE's decoder for "whole", "stream" or "tiled".
 
     Args:
-        latents: frames, height, width.
+        latent_size: frames, height, width.
         size: bytes of an element in convolutions.
     """
-    frames, height, width = latents
+    frames, height, width = latent_size
     if method == "tiled":
         height, width = min(height, TILE), min(width, TILE)
     picture = _picture_bytes(config, height, width, size)
@@ -31,29 +31,29 @@ def decode_bytes(config: VaeConfig, latents: Sequence[int], method: str, size: i
     return config.temporal_stride * picture * _PIECE_PICTURES
 
 
-def decoder_cache_bytes(config: VaeConfig, latents: Sequence[int], size: int = 4) -> int:
-    """What the VAE's decoder keeps from one chunk of frames to the next. latents: frames, height, width."""
-    pixels = latents[1] * latents[2]
+def decoder_cache_bytes(config: VaeConfig, latent_size: Sequence[int], size: int = 4) -> int:
+    """What the VAE's decoder keeps from one chunk of frames to the next. latent_size: frames, height, width."""
+    pixels = latent_size[1] * latent_size[2]
     return sum(size * 2 * channels * pixels * scale**2 for channels, _, scale in decoder_caches(config))
 
 
-def encode_bytes(config: VaeConfig, latents: Sequence[int], method: str = "whole", size: int = 4) -> int:
-    """Activations of the VAE's encoder for "whole" or "stream". latents: frames, height, width."""
+def encode_bytes(config: VaeConfig, latent_size: Sequence[int], method: str = "whole", size: int = 4) -> int:
+    """Activations of the VAE's encoder for "whole" or "stream". latent_size: frames, height, width."""
     if method == "whole":
-        return decode_bytes(config, latents, method, size)
-    return config.temporal_stride * _picture_bytes(config, latents[1], latents[2], size) * _ENCODE_PICTURES
+        return decode_bytes(config, latent_size, method, size)
+    return config.temporal_stride * _picture_bytes(config, latent_size[1], latent_size[2], size) * _ENCODE_PICTURES
 
 
-def encode_method(config: VaeConfig, latents: Sequence[int], size: int = 4) -> str:
+def encode_method(config: VaeConfig, latent_size: Sequence[int], size: int = 4) -> str:
     """ "whole" where that takes little memory, else "stream", which gives the same latents."""
-    return "whole" if encode_bytes(config, latents, size=size) <= WHOLE_LIMIT else "stream"
+    return "whole" if encode_bytes(config, latent_size, size=size) <= WHOLE_LIMIT else "stream"
 
 
-def decode_method(config: VaeConfig, latents: Sequence[int], free: int | None, size: int = 4) -> str:
+def decode_method(config: VaeConfig, latent_size: Sequence[int], free: int | None, size: int = 4) -> str:
     """What vae_decode "auto" means for latents of (frames, height, width), with `free` bytes left (None: not known)."""
-    if decode_bytes(config, latents, "whole", size) <= WHOLE_LIMIT:
+    if decode_bytes(config, latent_size, "whole", size) <= WHOLE_LIMIT:
         return "whole"
-    return "tiled" if free is not None and decode_bytes(config, latents, "stream", size) > free else "stream"
+    return "tiled" if free is not None and decode_bytes(config, latent_size, "stream", size) > free else "stream"
 
 
 def _picture_bytes(config: VaeConfig, height: int, width: int, size: int) -> int:
