@@ -22,7 +22,7 @@ COMMANDS = (
     (("--version",), "x2v "),
     (("infer", "--config.output=default.mp4"), "default.mp4"),
     (("convert", "export", "assets/shapes_causal", "exported", "--layout", "wan"), "wrote exported"),
-    (("convert", "wan", "exported", "converted", "--variant", "self_forcing", "--quantize", "int8"), "wrote converted"),
+    (("convert", "wan", "exported", "converted", "--quantize", "int8"), "wrote converted"),
     (("convert", "inspect", "converted"), "x2v infer --config.checkpoint=converted"),
     (("train", "--config=configs/train/shapes_i2v_dmd.py", "--dry_run"), "in all"),
     (("prepare", "--help"), "x2v prepare"),
