@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from typing import Any
 
-from x2v_jax.checkpoint.lora.merge import parse_lora_argument
+from x2v_jax.checkpoint.lora.arguments import lora_pair, parse_lora_argument
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
@@ -163,16 +163,10 @@ def _find(checkpoint: str) -> pathlib.Path:
 
 
 def _lora(entry: Any) -> tuple[str, float]:
-    if isinstance(entry, str):
-        entry = parse_lora_argument(entry)
-    if not isinstance(entry, tuple | list) or len(entry) != 2 or not isinstance(entry[0], str):
-        raise UserError(f'config.lora holds {entry!r}; give pairs such as (("file.safetensors", 1.0),)')
-    path, strength = entry
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise UserError(f"config.lora: the strength of {path} is {strength!r}; give a number")
+    path, strength = parse_lora_argument(entry) if isinstance(entry, str) else lora_pair(entry, "config.lora")
     if not pathlib.Path(path).is_file():
         raise UserError(f"config.lora: {path!r} is no file; mend the path")
-    return path, float(strength)
+    return path, strength
 
 
 def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> tuple[Job, ...]:

@@ -6,7 +6,6 @@ known key. Nothing in this file imports jax.
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import traceback
@@ -16,7 +15,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, closest, did_you_mean
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -127,8 +126,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     path = path if path.is_file() else _ROOT / path
     if not path.is_file():
         known = sorted(str(p.relative_to(_ROOT)) for p in (_ROOT / "configs").glob("*/[!_]*.py"))
-        near = difflib.get_close_matches(name + ".py", known, 1, 0.5)
-        advice = f"did you mean {near[0]}?" if near else f"give an existing one, such as {known[0]}"
+        advice = did_you_mean(name + ".py", known, f"give an existing one, such as {known[0]}", cutoff=0.5)
         raise UserError(f"--config={spec}: no such file; {advice}")
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert module_spec and module_spec.loader  # a .py file always has both
@@ -211,8 +209,7 @@ def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) ->
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean X?' or the known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return did_you_mean(name, known, f"known: {', '.join(known)}")
 
 
 def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict, str]:
@@ -251,9 +248,10 @@ def _unknown_option(
         return f"unknown option {name}; did you mean --config.{bare}=VALUE?"
     if not name.startswith("-"):
         return f"unexpected argument {name!r}; options look like --config.KEY=VALUE (see --help)"
-    near = difflib.get_close_matches(name, [*options, *(f"--{key}" for key in config)], 1, 0.6)
-    near = [n if n in options else f"--config.{n[2:]}=VALUE" for n in near]
-    return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(options)}")
+    near = closest(name, [*options, *(f"--{key}" for key in config)])
+    if near is None:
+        return f"unknown option {name}; known: {', '.join(options)}"
+    return f"unknown option {name}; did you mean {near if near in options else f'--config.{near[2:]}=VALUE'}?"
 
 
 def _where(error: BaseException) -> str:

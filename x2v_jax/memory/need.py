@@ -22,7 +22,7 @@ class MemoryNeed:
     """What a resolved request takes of the device.
 
     latents: frames, height and width.
-    on_cpu, available: see `memory.plan`.
+    on_cpu, available: see `predict.Workload`.
     """
 
     checkpoint: NativeCheckpoint
@@ -34,23 +34,23 @@ class MemoryNeed:
     available: int | None = None
 
     def plan(self, **changes: Any) -> predict.MemoryPlan:
-        """The prediction, with some arguments of `memory.plan` replaced."""
+        """The prediction, with some fields of `predict.Workload` replaced."""
         options = self.options
-        arguments: dict[str, Any] = {
-            "latents": self.latents,
-            "guided": self.request.is_guided,
-            "dtype": options.dtype,
-            "vae_dtype": options.vae_dtype,
-            "keep_encoders": options.keep_encoders,
-            "sequential_guidance": options.sequential_guidance,
-            "vae_decode": options.vae_decode,
-            "offload": options.offload,
-            "with_text_encoder": self.request.text_embeddings is None,
-            "on_cpu": self.on_cpu,
-            "available": self.available,
-            "blocks": self._blocks(),
-        }
-        return predict.plan(self.checkpoint, self.configs, **(arguments | changes))
+        work = predict.Workload(
+            self.latents,
+            self.request.is_guided,
+            dtype=options.dtype,
+            vae_dtype=options.vae_dtype,
+            keep_encoders=options.keep_encoders,
+            sequential_guidance=options.sequential_guidance,
+            vae_decode=options.vae_decode,
+            offload=options.offload,
+            with_text_encoder=self.request.text_embeddings is None,
+            on_cpu=self.on_cpu,
+            available=self.available,
+            blocks=self._blocks(),
+        )
+        return predict.plan(self.checkpoint, self.configs, dataclasses.replace(work, **changes))
 
     def explain(self, limit: int | None) -> str:
         """A sentence about the need and what would fit into `limit` bytes; see `memory.advice.explain`."""

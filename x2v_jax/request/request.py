@@ -6,12 +6,11 @@ steps gives blurred or burnt video without any error.
 """
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,6 @@ class Request:
         """
         for name in fields:
             if name not in cls.field_names():
-                near = difflib.get_close_matches(name, cls.field_names(), 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.field_names())}"
-                raise UserError(f"unknown field {name!r}; {hint}")
+                known = cls.field_names()
+                raise UserError(f"unknown field {name!r}; {did_you_mean(name, known, f'known are {", ".join(known)}')}")
         return cls(prompt=prompt, **fields)
