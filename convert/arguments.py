@@ -187,7 +187,7 @@ def _add_calibrate(commands: Any) -> None:
 def options(args: argparse.Namespace) -> "ConversionOptions":
     """The library's options for `wan`."""
     from x2v_jax.checkpoint.conversion.convert import ConversionOptions
-    from x2v_jax.checkpoint.lora.merge import parse_lora_argument
+    from x2v_jax.checkpoint.lora.arguments import parse_lora_argument
 
     return ConversionOptions(
         variant=args.variant,

@@ -55,5 +55,5 @@ def phases(
     )
     guided = not schedule.is_distilled and schedule.guidance_scale != 1
     sizes, all_configs = _Sizes(configs, smoothed), {"vae": vae, **configs}
-    plan = predict.plan(sizes, all_configs, latents, guided=guided, quantized=tuple(quantized))
-    return plan.phases
+    work = predict.Workload(latents, guided, quantized=tuple(quantized))
+    return predict.plan(sizes, all_configs, work).phases

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from x2v_jax import shipped
-from x2v_jax.checkpoint.lora.merge import parse_lora_argument
+from x2v_jax.checkpoint.lora.arguments import lora_pair, parse_lora_argument
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.config import flags
@@ -172,16 +172,10 @@ def _find_files(line: flags.CommandLine, config: Config, model_sha256: Any) -> N
 
 
 def _lora(entry: Any) -> tuple[str, float]:
-    if isinstance(entry, str):
-        entry = parse_lora_argument(entry)
-    if not isinstance(entry, tuple | list) or len(entry) != 2 or not isinstance(entry[0], str):
-        raise UserError(f'config.lora holds {entry!r}; give pairs such as (("file.safetensors", 1.0),)')
-    path, strength = entry
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise UserError(f"config.lora: the strength of {path} is {strength!r}; give a number")
+    path, strength = parse_lora_argument(entry) if isinstance(entry, str) else lora_pair(entry, "config.lora")
     if not pathlib.Path(path).is_file():
         raise UserError(f"config.lora: {path!r} is no file; mend the path")
-    return path, float(strength)
+    return path, strength
 
 
 def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> tuple[Job, ...]:

@@ -7,7 +7,6 @@ initialisation of `down`. `checkpoint.lora_writer.write_lora` writes the result 
 """
 
 import dataclasses
-import difflib
 import math
 import zlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 from x2v_jax.models.functional import Params, flatten, unflatten
 
 ATTENTION_AND_FFN = ("blocks.self_attn", "blocks.cross_attn", "blocks.ffn")
@@ -116,8 +115,7 @@ def _kernels(params: Params, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         own = {n: s for n, s in known.items() if n == target or n.startswith(target.removesuffix(".") + ".")}
         if not own:
             modules = _modules(known)
-            near = difflib.get_close_matches(target, modules, 1, 0.5)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(modules[:12])}, …"
+            advice = did_you_mean(target, modules, f"there are {', '.join(modules[:12])}, …", cutoff=0.5)
             raise UserError(f"lora target {target!r} names no linear layer; {advice}")
         chosen |= own
     return dict(sorted(chosen.items()))

@@ -99,7 +99,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     sizes = Sizes(_configs(case.model))
     options: dict[str, Any] = {"offload": case.offload, "vae_decode": case.vae_decode, "vae_dtype": case.vae_dtype}
-    plan = predict.plan(sizes, sizes.configs, LATENTS, guided=False, **options)
+    plan = predict.plan(sizes, sizes.configs, predict.Workload(LATENTS, guided=False, **options))
     device = host = temporaries = outputs = 0
     for program in _programs(case, sizes):
         stats = compile_program(program)

@@ -40,7 +40,7 @@ def test_predictions_are_near_what_was_compiled(case: small_gpu_memory.Case):
     assert 1 <= row["predicted"] / row["device"] < 1.3
     sizes = small_gpu_memory.Sizes(small_gpu_memory._configs(case.model))
     options: dict[str, Any] = {"offload": case.offload, "vae_decode": case.vae_decode, "vae_dtype": case.vae_dtype}
-    plan = predict.plan(sizes, sizes.configs, small_gpu_memory.LATENTS, guided=False, **options)
+    plan = predict.plan(sizes, sizes.configs, predict.Workload(small_gpu_memory.LATENTS, guided=False, **options))
     assert plan.phases[case.phase] == row["predicted"]
 
 

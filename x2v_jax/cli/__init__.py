@@ -3,12 +3,11 @@
 In a wheel the programs lie in this folder; in a clone they are the top-level packages infer, convert and train.
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 
 from x2v_jax.cli.programs import PROGRAMS, load
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 from x2v_jax.shipped import VERSION
 
 
@@ -45,5 +44,5 @@ def help_text() -> str:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*PROGRAMS, "completion", "--help", "--version"], 1, 0.6)
-    return f"unknown command {name!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(PROGRAMS)}")
+    known = [*PROGRAMS, "completion", "--help", "--version"]
+    return f"unknown command {name!r}; {did_you_mean(name, known, f'known: {", ".join(PROGRAMS)}')}"

@@ -6,7 +6,6 @@ known key. Nothing in this file imports jax.
 
 import ast
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from x2v_jax.config.load import is_shipped, load_config
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, closest, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +178,7 @@ def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) ->
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean X?' or the known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return did_you_mean(name, known, f"known: {', '.join(known)}")
 
 
 def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collections.ConfigDict, str]:
@@ -219,6 +217,7 @@ def _unknown_option(
         return f"unknown option {name}; did you mean --config.{bare}=VALUE?"
     if not name.startswith("-"):
         return f"unexpected argument {name!r}; options look like --config.KEY=VALUE (see --help)"
-    near = difflib.get_close_matches(name, [*options, *(f"--{key}" for key in config)], 1, 0.6)
-    near = [n if n in options else f"--config.{n[2:]}=VALUE" for n in near]
-    return f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(options)}")
+    near = closest(name, [*options, *(f"--{key}" for key in config)])
+    if near is None:
+        return f"unknown option {name}; known: {', '.join(options)}"
+    return f"unknown option {name}; did you mean {near if near in options else f'--config.{near[2:]}=VALUE'}?"

@@ -210,7 +210,7 @@ def _check_causvid(values: Mapping[str, Any]) -> str:
         if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
             raise UserError(f"{key} is {values[key]!r}; give a whole number from 1 on")
     frames, block, blocks = (values.get(key) for key in ("num_frames", "num_frame_per_block", "num_blocks"))
-    if None not in (frames, block, blocks) and frames != block * blocks:
+    if frames is not None and block is not None and blocks is not None and frames != block * blocks:
         raise UserError(
             f"num_frames is {frames} latent frames, but num_blocks {blocks} of num_frame_per_block {block} are "
             f"{blocks * block}; make them agree"

@@ -1,7 +1,6 @@
 """Runs config files: the shipped ones, and the user's own."""
 
 import ast
-import difflib
 import importlib.util
 import pathlib
 import traceback
@@ -11,7 +10,7 @@ import warnings
 import ml_collections
 
 from x2v_jax import shipped
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 
 # Where helpers lay before -> where they are. The old places work in a clone for one release.
 MOVED = {f"configs.{name}": f"x2v_jax.config.{name}" for name in ("flags", "inference", "training", "distillation")}
@@ -32,8 +31,7 @@ def load_config(spec: str, *, typed: bool = True) -> ml_collections.ConfigDict:
     path = shipped.find(name, typed=typed)
     if not path.is_file():
         known = shipped_configs()
-        near = difflib.get_close_matches(name, known, 1, 0.5)
-        advice = f"did you mean {near[0]}?" if near else f"give an existing one, such as {known[0]}"
+        advice = did_you_mean(name, known, f"give an existing one, such as {known[0]}", cutoff=0.5)
         raise UserError(f"--config={spec}: no such file; {advice}")
     try:
         get_config = _run(path).get_config
@@ -90,7 +88,9 @@ def _run(path: pathlib.Path) -> types.ModuleType:
 def _moved(path: pathlib.Path) -> str | None:
     """What to write instead of the first import of a config file that worked in earlier versions, or in a clone."""
     for node in ast.walk(ast.parse(path.read_bytes())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
         for name in filter(lambda name: not _is_importable(name), names):

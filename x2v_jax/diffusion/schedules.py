@@ -4,14 +4,13 @@ sigma runs from 1 (noise) to 0 (clean); the network sees timestep = 1000 * sigma
 """
 
 import itertools
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, is_number
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -40,7 +39,7 @@ def check_shift(shift: float) -> float:
     Raises:
         UserError: it is not.
     """
-    if not _is_number(shift) or not shift > 0:
+    if not is_number(shift) or not shift > 0:
         raise UserError(f"shift is {shift!r}; give a number above 0 (Wan2.1 uses 3 to 8, and 1 shifts nothing)")
     return float(shift)
 
@@ -69,7 +68,7 @@ def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, war
     if not steps:
         raise UserError("denoising_step_list is empty; give at least one timestep, e.g. (1000, 750, 500, 250)")
     for value in steps:
-        if not _is_number(value) or not 0 < value <= NUM_TRAIN_TIMESTEPS:
+        if not is_number(value) or not 0 < value <= NUM_TRAIN_TIMESTEPS:
             raise UserError(f"denoising_step_list holds {value!r}; each timestep is a number above 0 and at most 1000")
     for before, after in itertools.pairwise(steps):
         if not after < before:
@@ -111,12 +110,3 @@ def _distinct(sigmas: np.ndarray, field: str, value: object) -> np.ndarray:
     if not (np.diff(rounded) < 0).all():
         raise UserError(f"{field} is {value}; two steps get the same noise level in float32; shift less")
     return rounded
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the largest float
-        return False

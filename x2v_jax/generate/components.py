@@ -6,12 +6,13 @@ from typing import Any, Literal, overload
 
 import jax
 
+from x2v_jax.checkpoint.lora.arguments import Lora
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
 from x2v_jax.generate.denoise import Denoiser
 from x2v_jax.generate.image import ImageConditioner
-from x2v_jax.generate.network import Lora, Network, describe_networks
+from x2v_jax.generate.network import Network, describe_networks
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.models.config import ClipConfig, Config, Umt5Config, VaeConfig, WanConfig

@@ -1,7 +1,6 @@
 """One network of a checkpoint on the device: its structure at once, its weights when first needed, until released."""
 
 import gc
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -11,6 +10,7 @@ from flax import nnx
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora import merge
+from x2v_jax.checkpoint.lora.arguments import Lora, lora_pair
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.names.smoothing import is_smoothed
 from x2v_jax.checkpoint.native.load import load_tensors
@@ -22,9 +22,6 @@ from x2v_jax.models.config import COMPONENTS, ClipConfig, Config, Umt5Config, Va
 from x2v_jax.models.host_blocks import with_blocks_on_host
 from x2v_jax.models.networks import make_network
 from x2v_jax.ops.choice import DEFAULT_OPS, OpChoice
-
-# A file, or a file and the strength that it is merged with.
-Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class Network[C: Config]:
@@ -180,7 +177,7 @@ def describe_networks(
     for name in filter(checkpoint.has, COMPONENTS):
         tensors = checkpoint.tensors(name)
         if name == "transformer" and loras:
-            files = [(merge.LoraFile.open(path), strength) for path, strength in map(_lora_pair, loras)]
+            files = [(merge.LoraFile.open(path), strength) for path, strength in map(lora_pair, loras)]
             rows = wan.table(name, checkpoint.config(name))
             tensors, report = merge.merge_into_native(tensors, files, rows)
         on_host = offload == "blocks" and name == "transformer"
@@ -188,7 +185,3 @@ def describe_networks(
             checkpoint, name, dtype=dtype, tensors=tensors, vae_dtype=vae_dtype, ops=ops, blocks_on_host=on_host
         )
     return networks, report
-
-
-def _lora_pair(entry: Lora) -> tuple[str | os.PathLike[str], float]:
-    return (entry[0], float(entry[1])) if isinstance(entry, tuple | list) else (entry, 1.0)

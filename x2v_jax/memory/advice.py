@@ -14,13 +14,13 @@ from typing import Any
 from x2v_jax.errors import UserError
 from x2v_jax.memory.predict import MemoryPlan
 
-# Predicted memory of a video with these arguments of `memory.plan` changed.
+# Predicted memory of a video with these fields of `predict.Workload` changed.
 PlanWith = Callable[..., MemoryPlan]
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Something that a user could change. values: arguments of `memory.plan` after it."""
+    """Something that a user could change. values: fields of `predict.Workload` after it."""
 
     words: str
     values: dict[str, Any]

@@ -24,7 +24,7 @@ class MemoryNeed:
     guided: whether each step runs the network twice.
     encodes_text: whether the text encoder is needed.
     blocks: of a block-by-block video; None for one that is made as a whole.
-    on_cpu, available: see `memory.plan`.
+    on_cpu, available: see `predict.Workload`.
     """
 
     checkpoint: NativeCheckpoint
@@ -38,23 +38,23 @@ class MemoryNeed:
     available: int | None = None
 
     def plan(self, **changes: Any) -> predict.MemoryPlan:
-        """The prediction, with some arguments of `memory.plan` replaced."""
+        """The prediction, with some fields of `predict.Workload` replaced."""
         options = self.options
-        arguments: dict[str, Any] = {
-            "latent_size": self.latent_size,
-            "guided": self.guided,
-            "dtype": options.dtype,
-            "vae_dtype": options.vae_dtype,
-            "keep_encoders": options.keep_encoders,
-            "sequential_guidance": options.sequential_guidance,
-            "vae_decode": options.vae_decode,
-            "offload": options.offload,
-            "with_text_encoder": self.encodes_text,
-            "on_cpu": self.on_cpu,
-            "available": self.available,
-            "blocks": self.blocks,
-        }
-        return predict.plan(self.checkpoint, self.configs, **(arguments | changes))
+        work = predict.Workload(
+            self.latent_size,
+            self.guided,
+            dtype=options.dtype,
+            vae_dtype=options.vae_dtype,
+            keep_encoders=options.keep_encoders,
+            sequential_guidance=options.sequential_guidance,
+            vae_decode=options.vae_decode,
+            offload=options.offload,
+            with_text_encoder=self.encodes_text,
+            on_cpu=self.on_cpu,
+            available=self.available,
+            blocks=self.blocks,
+        )
+        return predict.plan(self.checkpoint, self.configs, dataclasses.replace(work, **changes))
 
     def explain(self, limit: int | None) -> str:
         """A sentence about the need and what would fit into `limit` bytes; see `memory.advice.explain`."""

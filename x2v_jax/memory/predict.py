@@ -114,93 +114,124 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
     return _BFLOAT16 if is_matrix and not exact else _at_most_float32(stored)
 
 
-def plan(
-    checkpoint: Weights,
-    configs: Mapping[str, Any],
-    latent_size: Sequence[int],
-    *,
-    guided: bool,
-    dtype: str = "bfloat16",
-    vae_dtype: str = "float32",
-    keep_encoders: bool = False,
-    sequential_guidance: bool = False,
-    vae_decode: str = "auto",
-    offload: str = "none",
-    quantized: Sequence[str] = (),
-    with_text_encoder: bool = True,
-    on_cpu: bool = False,
-    available: int | None = None,
-    blocks: BlockSizes | None = None,
-) -> MemoryPlan:
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a run and a video ask of a device, besides the networks.
+
+    latent_size: frames, height and width of the latents.
+    guided: whether there are two passes a step.
+    dtype, vae_dtype, keep_encoders, sequential_guidance, vae_decode: as in `request.options.RunOptions`.
+    offload: "blocks" leaves the transformer's blocks in the host's memory.
+    quantized: components to be counted as if their matrices were in 8 bits, whatever they are.
+    with_text_encoder: False where text embeddings are given.
+    on_cpu: count the process itself, as `peak_bytes` does there.
+    available: bytes that the device has, which decide what vae_decode "auto" means; None: not known.
+    blocks: for models that make a video block by block.
+    """
+
+    latent_size: Sequence[int]
+    guided: bool
+    dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
+    keep_encoders: bool = False
+    sequential_guidance: bool = False
+    vae_decode: str = "auto"
+    offload: str = "none"
+    quantized: Sequence[str] = ()
+    with_text_encoder: bool = True
+    on_cpu: bool = False
+    available: int | None = None
+    blocks: BlockSizes | None = None
+
+
+def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> MemoryPlan:
     """Predicts the memory of one video.
 
     Args:
         checkpoint: its tensors' shapes and types are read, not their values.
         configs: of the components it has.
-        latent_size: frames, height and width of the latents.
-        guided: whether there are two passes a step.
-        offload: "blocks" leaves the transformer's blocks in the host's memory.
-        quantized: components to be counted as if their matrices were in 8 bits, whatever they are.
-        with_text_encoder: False where text embeddings are given.
-        on_cpu: count the process itself, as `peak_bytes` does there.
-        available: bytes that the device has, which decide what vae_decode "auto" means; None: not known.
-        blocks: for models that make a video block by block.
     """
-    dtypes = {name: vae_dtype if name == "vae" else dtype for name in configs if checkpoint.has(name)}
-    weights = {name: weight_bytes(checkpoint, name, dtypes[name], quantized=name in quantized) for name in dtypes}
-    if not with_text_encoder:
+    dtypes = {name: work.vae_dtype if name == "vae" else work.dtype for name in configs if checkpoint.has(name)}
+    weights = {name: weight_bytes(checkpoint, name, dtypes[name], quantized=name in work.quantized) for name in dtypes}
+    if not work.with_text_encoder:
         weights.pop("text_encoder", None)
     encoders = {name: weights[name] for name in ("text_encoder", "image_encoder") if name in weights}
-    kept = encoders if keep_encoders else {}
+    kept = encoders if work.keep_encoders else {}
     host = 0
     transformer = {"transformer": weights.get("transformer", 0)}
-    wan, vae_config = configs["transformer"], configs["vae"]
-    if offload == "blocks" and "transformer" in weights:
-        only = weight_bytes(checkpoint, "transformer", dtype, quantized="transformer" in quantized, within="blocks.")
-        held = min(_BLOCKS_AT_ONCE, wan.num_layers) * only // wan.num_layers
-        host, transformer = only, {"transformer": weights["transformer"] - only + held}
+    wan, vae_config, latent_size = configs["transformer"], configs["vae"], work.latent_size
+    if work.offload == "blocks" and "transformer" in weights:
+        quantized = "transformer" in work.quantized
+        host = weight_bytes(checkpoint, "transformer", work.dtype, quantized=quantized, within="blocks.")
+        held = min(_BLOCKS_AT_ONCE, wan.num_layers) * host // wan.num_layers
+        transformer = {"transformer": weights["transformer"] - host + held}
     vae = {"vae": weights.get("vae", 0)}
-    size, vae_size = _itemsize(dtype), _itemsize(vae_dtype)
-    base = {"process": _PROCESS} if on_cpu else {}
+    size, vae_size = _itemsize(work.dtype), _itemsize(work.vae_dtype)
+    base = {"process": _PROCESS} if work.on_cpu else {}
     parts: dict[str, dict[str, int]] = {}
     if "text_encoder" in weights:
-        work = text_bytes(configs["text_encoder"], wan.text_len, size)
-        parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": work}
+        activations = text_bytes(configs["text_encoder"], wan.text_len, size)
+        parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": activations}
 
     def encode(latent_size: Sequence[int]) -> int:
         method = vae_memory.encode_method(vae_config, latent_size, vae_size)
         return vae_memory.encode_bytes(vae_config, latent_size, method, vae_size)
 
     if wan.model_type == "i2v":
-        work = max(clip_bytes(configs["image_encoder"], size), encode(latent_size))
-        parts["image"] = base | encoders | vae | {"activations": work}
-    if blocks is not None and blocks.encoded:
-        # In pieces, each of which is given the convolutions' frames of the one before.
-        work = encode((blocks.encoded, *latent_size[1:])) + vae_memory.decoder_cache_bytes(
-            vae_config, latent_size, vae_size
-        )
-        parts["image"] = base | kept | vae | {"activations": work}
-    if blocks is not None:
-        own = denoise_bytes(wan, (blocks.block, *latent_size[1:]), 1, size, on_cpu=on_cpu, window=blocks.window)
-        resident = base | kept | transformer | vae | {"keys and values": kv_cache_bytes(wan, latent_size, blocks)}
-        frames = vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
-        parts["denoise"] = resident | {"activations": own, "decoder's frames": frames}
-        decoded = (2, *latent_size[1:])
-        method = vae_memory.decode_method(vae_config, decoded, _less(available, resident), vae_size)
-        method = "tiled" if "tiled" in (vae_decode, method if vae_decode == "auto" else "") else "stream"
-        decode = vae_memory.decode_bytes(vae_config, decoded, method, vae_size)
-        parts["vae"] = resident | {"activations": decode, "decoder's frames": frames}
-    else:
-        batch = 2 if guided and not sequential_guidance else 1
-        own = denoise_bytes(wan, latent_size, batch, size, on_cpu=on_cpu)
+        activations = max(clip_bytes(configs["image_encoder"], size), encode(latent_size))
+        parts["image"] = base | encoders | vae | {"activations": activations}
+    if work.blocks is None:
         before = vae if wan.model_type == "i2v" else {}  # loaded for the image already
-        parts["denoise"] = base | kept | transformer | before | {"activations": own}
-        resident = base | kept | transformer | vae
-        method = vae_decode
-        if method == "auto":
-            method = vae_memory.decode_method(vae_config, latent_size, _less(available, resident), vae_size)
-        parts["vae"] = resident | {"activations": vae_memory.decode_bytes(vae_config, latent_size, method, vae_size)}
-    return MemoryPlan(weights, parts, host)
+        return MemoryPlan(weights, parts | _whole_phases(configs, work, base | kept | transformer, vae, before), host)
+    if work.blocks.encoded:
+        # In pieces, each of which is given the convolutions' frames of the one before.
+        activations = encode((work.blocks.encoded, *latent_size[1:]))
+        activations += vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
+        parts["image"] = base | kept | vae | {"activations": activations}
+    return MemoryPlan(weights, parts | _block_phases(configs, work, work.blocks, base | kept | transformer | vae), host)
+
+
+def _whole_phases(
+    configs: Mapping[str, Any], work: Workload, held: dict[str, int], vae: dict[str, int], before: dict[str, int]
+) -> dict[str, dict[str, int]]:
+    """What is on the device while a whole video is denoised and decoded.
+
+    Args:
+        held: what is there in both phases. vae: the VAE's weights. before: what of them is there while it is denoised.
+    """
+    vae_config, vae_size = configs["vae"], _itemsize(work.vae_dtype)
+    batch = 2 if work.guided and not work.sequential_guidance else 1
+    size = _itemsize(work.dtype)
+    activations = denoise_bytes(configs["transformer"], work.latent_size, batch, size, on_cpu=work.on_cpu)
+    resident, method = held | vae, work.vae_decode
+    if method == "auto":
+        method = vae_memory.decode_method(vae_config, work.latent_size, _less(work.available, resident), vae_size)
+    decode = vae_memory.decode_bytes(vae_config, work.latent_size, method, vae_size)
+    return {"denoise": held | before | {"activations": activations}, "vae": resident | {"activations": decode}}
+
+
+def _block_phases(
+    configs: Mapping[str, Any], work: Workload, blocks: BlockSizes, held: dict[str, int]
+) -> dict[str, dict[str, int]]:
+    """What is on the device while a block is denoised and decoded. held: what is there in both phases."""
+    wan, vae_config, latent_size, vae_size = (
+        configs["transformer"],
+        configs["vae"],
+        work.latent_size,
+        _itemsize(work.vae_dtype),
+    )
+    size = _itemsize(work.dtype)
+    own = denoise_bytes(wan, (blocks.block, *latent_size[1:]), 1, size, on_cpu=work.on_cpu, window=blocks.window)
+    resident = held | {"keys and values": kv_cache_bytes(wan, latent_size, blocks)}
+    frames = vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
+    decoded = (2, *latent_size[1:])
+    method = vae_memory.decode_method(vae_config, decoded, _less(work.available, resident), vae_size)
+    method = "tiled" if "tiled" in (work.vae_decode, method if work.vae_decode == "auto" else "") else "stream"
+    decode = vae_memory.decode_bytes(vae_config, decoded, method, vae_size)
+    return {
+        "denoise": resident | {"activations": own, "decoder's frames": frames},
+        "vae": resident | {"activations": decode, "decoder's frames": frames},
+    }
 
 
 def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: bool = False, within: str = "") -> int:

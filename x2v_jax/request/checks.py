@@ -9,7 +9,7 @@ from typing import get_args
 
 from x2v_jax.diffusion.rollout_plan import Mode, Positions
 from x2v_jax.diffusion.schedules import step_sigmas
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, is_number
 from x2v_jax.models.config import Schedule
 from x2v_jax.request.model import Model
 from x2v_jax.request.request import Request
@@ -118,8 +118,7 @@ def _prompt_schedule_problems(schedule: object) -> list[str]:
         if not isinstance(entry, tuple | list) or len(entry) != 2:
             return [f"prompt_schedule holds {entry!r}; {example}"]
         second, prompt = entry
-        is_number = isinstance(second, int | float) and not isinstance(second, bool) and math.isfinite(second)
-        if not is_number or not second > before:
+        if not is_number(second) or not second > before:
             return [f"prompt_schedule has the second {second!r} after {before:g}; {example}"]
         if not isinstance(prompt, str) or not prompt.strip():
             return [f"prompt_schedule has the prompt {prompt!r} at {second:g} s; {example}"]

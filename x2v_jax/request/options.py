@@ -1,16 +1,14 @@
 """How a pipeline runs, apart from what a request asks for. Checked without jax."""
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
-from typing import Self, TypedDict, TypeGuard, cast, get_args
+from typing import Self, TypedDict, cast, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from x2v_jax.diffusion.schedules import Loop
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean, is_number
 from x2v_jax.ops.choice import CHOICES, OpChoice
 
 DTYPES = ("bfloat16", "float32")
@@ -76,9 +74,8 @@ class RunOptions:
         known = cls.names()
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                raise UserError(f"unknown option {name!r}; {hint}")
+                advice = did_you_mean(name, known, f"known are {', '.join(known)}")
+                raise UserError(f"unknown option {name!r}; {advice}")
         named = {name: _name(value) if name.endswith("dtype") else value for name, value in values.items()}
         return cls(**named)  # type: ignore[arg-type]  # __post_init__ checks what they are
 
@@ -125,7 +122,7 @@ def problems(values: Mapping[str, object]) -> list[str]:
             either = f"give {' or '.join(known)}" if len(known) == 2 else f"give one of {', '.join(known)}"
             found.append(f"{name} is {values[name]!r}; {either}")
     limit = values.get("memory_limit")
-    if limit is not None and not (_is_number(limit) and 0 < limit < math.inf):
+    if limit is not None and not (is_number(limit) and limit > 0):
         found.append(f"memory_limit is {limit!r}; give the GB that a video may take, such as 24")
     if values.get("attention") == "cudnn" and values.get("attention_precision", "full") != "full":
         found.append(
@@ -133,10 +130,6 @@ def problems(values: Mapping[str, object]) -> list[str]:
             "attention to 'auto' or attention_precision to 'full'"
         )
     return found
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _name(dtype: object) -> object:

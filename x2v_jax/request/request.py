@@ -4,14 +4,13 @@ A field left at None is decided by the schedule that travels with the checkpoint
 """
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Self, TypedDict
 
 import numpy as np
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -117,9 +116,8 @@ class Request:
         """
         for name in fields:
             if name not in cls.field_names():
-                near = difflib.get_close_matches(name, cls.field_names(), 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.field_names())}"
-                raise UserError(f"unknown field {name!r}; {hint}")
+                known = cls.field_names()
+                raise UserError(f"unknown field {name!r}; {did_you_mean(name, known, f'known are {", ".join(known)}')}")
         return cls(prompt, **fields)  # type: ignore[arg-type]  # the types of values are checked when it is resolved
 
 

@@ -15,7 +15,8 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.torch_writer import write_torch_file
 from x2v_jax.checkpoint.lora import merge as lora_module
 from x2v_jax.checkpoint.lora import read
-from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into, merge_into_native, parse_lora_argument
+from x2v_jax.checkpoint.lora.arguments import parse_lora_argument
+from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into, merge_into_native
 from x2v_jax.checkpoint.names.diffusers import DiffusersNames
 from x2v_jax.checkpoint.names.wan import official_shapes, table
 from x2v_jax.errors import UserError

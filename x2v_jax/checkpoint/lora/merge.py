@@ -8,8 +8,6 @@ misfit is an error unless a partial merge is asked for.
 """
 
 import dataclasses
-import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +16,7 @@ import numpy as np
 from x2v_jax import shipped
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora.match import Change, TensorLike, plan_merge
-from x2v_jax.checkpoint.lora.read import SUFFIXES, LoraFile
+from x2v_jax.checkpoint.lora.read import LoraFile
 from x2v_jax.checkpoint.lora.report import LoraFileReport, LoraReport, Misfit, requantized
 from x2v_jax.checkpoint.names.smoothing import is_smoothed
 from x2v_jax.checkpoint.names.wan import Row
@@ -33,44 +31,10 @@ __all__ = [
     "TensorLike",
     "merge_into",
     "merge_into_native",
-    "parse_lora_argument",
 ]
 
 # Rows of a weight are merged in pieces of about this many elements: temporaries of 16 MB however large the weight.
 _PIECE = 1 << 22
-
-
-def parse_lora_argument(text: str) -> tuple[str, float]:
-    """Reads a command line's `FILE[:STRENGTH]`; the strength is 1 where it is left out.
-
-    A colon that belongs to the path (a Windows drive, or a file that exists under the whole name) is left alone.
-
-    Raises:
-        UserError: no file, or a strength that is no finite number.
-
-    >>> parse_lora_argument("turbo.safetensors:0.8")
-    ('turbo.safetensors', 0.8)
-    >>> parse_lora_argument(r"C:\\loras\\turbo.safetensors")
-    ('C:\\\\loras\\\\turbo.safetensors', 1.0)
-    """
-    path, colon, tail = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        path, tail = text, "1"
-    elif not path.lower().endswith(SUFFIXES) and _number(tail) is None:
-        path, tail = text, "1"  # the colon is part of the path
-    strength = _number(tail)
-    if not path:
-        raise UserError(f"lora: {text!r} names no file; write FILE or FILE:STRENGTH")
-    if strength is None or not math.isfinite(strength):
-        raise UserError(f"lora: strength {tail!r} of {path!r} is not a finite number; write for instance {path}:0.8")
-    return path, strength
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def merge_into(

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, is_number
 from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, CausalSchedule
 
 
@@ -24,7 +24,7 @@ def check_schedule_field(name: str, value: Any, default: Any, where: str = "--sc
     elif isinstance(default, int):
         good, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a positive integer"
     elif isinstance(default, float):
-        good, kind = _is_number(value) and value > 0, "a positive number"
+        good, kind = is_number(value) and value > 0, "a positive number"
     else:
         good, kind = isinstance(value, str), "text"
     if not good:
@@ -40,7 +40,7 @@ def _is_causal_schedule(value: object) -> bool:
         "mode": lambda v: v in ("full", "sliding", "fragments"),
         "positions": lambda v: v in ("relative", "absolute"),
         "independent_first_frame": lambda v: isinstance(v, bool),
-        "context_timestep": lambda v: v is None or (_is_number(v) and 0 <= v <= 1000),
+        "context_timestep": lambda v: v is None or (is_number(v) and 0 <= v <= 1000),
         "sink": lambda v: _is_whole(v) and v >= 0,
         "block": lambda v: _is_whole(v) and v > 0,
         "window": lambda v: _is_whole(v) and v > 0,
@@ -53,13 +53,9 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_step_list(values: list[Any]) -> bool:
-    if not values or not all(_is_number(value) and 0 < value <= 1000 for value in values):
+    if not values or not all(is_number(value) and 0 < value <= 1000 for value in values):
         return False
     return all(a > b for a, b in itertools.pairwise(values))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_size")
@@ -109,8 +105,7 @@ def check_quantization(file: pathlib.Path, entries: Any) -> None:
                 f"for {', '.join(QUANTIZABLE)}. Update it, or convert the checkpoint again"
             )
         alpha = entry.get("smoothing")
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
-        if alpha is not None and not (number and component == "transformer"):
+        if alpha is not None and not (is_number(alpha) and 0 <= alpha <= 1 and component == "transformer"):
             raise UserError(
                 f"{file}: smoothing of {component} is {alpha!r}; transformers have a number from 0 to 1, other "
                 "networks none. Convert the checkpoint again"

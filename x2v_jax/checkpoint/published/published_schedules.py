@@ -1,7 +1,6 @@
 """The sampling settings that published checkpoints were made for: their files do not say them, ours do."""
 
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
@@ -10,7 +9,7 @@ from typing import Any
 
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.native.fields import check_schedule_field
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, did_you_mean
 from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
 
 # What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
@@ -90,9 +89,8 @@ def override_schedule(text: str, default: Schedule) -> Schedule:
     fields = {f.name: f for f in dataclasses.fields(Schedule)}
     for name, value in values.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the fields are {', '.join(fields)}"
-            raise UserError(f"--schedule: unknown field {name!r}{hint}")
+            advice = did_you_mean(name, fields, f"the fields are {', '.join(fields)}")
+            raise UserError(f"--schedule: unknown field {name!r}; {advice}")
         check_schedule_field(name, value, getattr(default, name))
     changed = Schedule.from_dict(default.to_dict() | values)
     if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:

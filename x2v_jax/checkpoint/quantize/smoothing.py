@@ -17,7 +17,7 @@ from x2v_jax.checkpoint.names.smoothing import GROUP_OF_COLUMNS, GROUP_OF_ROWS, 
 from x2v_jax.checkpoint.names.wan import Row
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.checkpoint.quantize.eight_bit import Factors
-from x2v_jax.errors import UserError
+from x2v_jax.errors import UserError, is_number
 
 ALPHA = 0.5
 # Channels this much smaller than the largest are as good as empty, and so is a column of weights.
@@ -54,7 +54,7 @@ def check_alpha(alpha: object) -> float:
     Raises:
         UserError: it is no number from 0 to 1.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+    if not is_number(alpha) or not 0 <= alpha <= 1:
         raise UserError(f"--smooth-alpha is {alpha!r}; give a number from 0 to 1 (0.5 is usual)")
     return float(alpha)
 
