@@ -2,13 +2,13 @@
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_CACHE = pathlib.Path(tempfile.gettempdir()) / f"x2v_jax_test_cache_{os.getuid()}"
+# In the user's own cache folder, where nobody else can put programs for this process to run.
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "x2v_jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
