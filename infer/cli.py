@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from infer import outputs, start, warm_up
-from infer.interrupts import Interrupts
 from infer.record import stream_video
 from infer.settings import Job, Settings, read_settings
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
 

@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from infer import outputs
-from infer.interrupts import Interrupts
 from infer.live import LiveLine
 from infer.settings import Job, Settings
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.media.growing_mp4 import VideoStream

@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from infer import start
-from infer.interrupts import Interrupts
 from infer.settings import Settings, options
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.request import Request
 
 if TYPE_CHECKING:

@@ -14,13 +14,14 @@ PACKAGES = ("x2v_jax", "configs", "convert", "infer", "train", "benchmarks", "to
 _CHECKPOINT = ("checkpoint.files", "checkpoint.names", "checkpoint.quantize", "checkpoint.native")
 _DRAWERS = (*_CHECKPOINT, "checkpoint.published", "checkpoint.lora", "checkpoint.conversion")
 _LIBRARY = (
-    "errors", "shipped", "models.config", "ops", "models", "diffusion", "parallel", *_DRAWERS, "request",
+    "errors", "shipped", "cli", "models.config", "ops", "models", "diffusion", "parallel", *_DRAWERS, "request",
     "memory", "media", "generate", "pipeline",
 )  # fmt: skip
 LAYERS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "shipped": ("errors",),
     "config": ("errors", "shipped"),
+    "cli": ("errors", "shipped", "config"),
     "ops": ("errors",),
     "models.config": ("errors",),
     "models": ("errors", "ops", "models.config"),

@@ -1,15 +1,15 @@
 """python -m train.prepare prompts|videos|images|lmdb|check: parse, call, report. The work is in train.data."""
 
-import signal
 import sys
 
 from train.prepare.arguments import parse
+from x2v_jax.cli.interrupts import exit_on_sigterm
 from x2v_jax.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 damage found by `check`, 2 a user's mistake, 130 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     try:
         args = parse(arguments)
         from train.prepare import commands
