@@ -1,8 +1,8 @@
 """python -m convert wan|inspect|export|extract-lora|calibrate: parse, call, report."""
 
-import signal
 import sys
 
+from x2v_jax.cli.interrupts import exit_on_sigterm
 from x2v_jax.errors import UserError
 
 from .arguments import options, parse
@@ -10,8 +10,7 @@ from .progress import interrupted, run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # A polite kill unwinds the stack, so that unfinished output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     destination = None
     try:
         args = parse(arguments)

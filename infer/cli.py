@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from x2v_jax import shipped
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
 
 from . import outputs, start, warm_up
-from .interrupts import Interrupts
 from .record import stream_video
 from .settings import Job, Settings, read_settings
 

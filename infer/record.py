@@ -5,12 +5,12 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.errors import UserError
 from x2v_jax.generate.clock import Clock
 from x2v_jax.media.growing_mp4 import VideoStream
 
 from . import outputs
-from .interrupts import Interrupts
 from .live import LiveLine
 from .settings import Job, Settings
 

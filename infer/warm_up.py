@@ -7,10 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.request.resolve import ResolvedRequest
 
 from . import start
-from .interrupts import Interrupts
 from .settings import Settings, options
 
 if TYPE_CHECKING:

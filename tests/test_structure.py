@@ -14,13 +14,14 @@ PACKAGES = ("x2v_jax", "configs", "convert", "infer", "train", "benchmarks", "to
 _CHECKPOINT = ("checkpoint.files", "checkpoint.names", "checkpoint.quantize", "checkpoint.native")
 _DRAWERS = (*_CHECKPOINT, "checkpoint.published", "checkpoint.lora", "checkpoint.conversion")
 _LIBRARY = (
-    "errors", "shipped", "models.config", "ops", "models", "diffusion", "parallel", *_DRAWERS, "request",
+    "errors", "shipped", "cli", "models.config", "ops", "models", "diffusion", "parallel", *_DRAWERS, "request",
     "memory", "media", "generate", "pipeline",
 )  # fmt: skip
 LAYERS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "shipped": ("errors",),
     "config": ("errors", "shipped"),
+    "cli": ("errors", "shipped", "config"),  # loads the programs by their names
     "ops": ("errors",),
     "models.config": ("errors",),
     "models": ("errors", "ops", "models.config"),
@@ -49,7 +50,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "": ("errors", "shipped", "media", "request", "generate", "pipeline"),  # x2v_jax itself: the public names
     "video": ("media",),  # the old place of media.video, for one release
     "configs": ("config", "errors"),
-    "cli": ("errors", "shipped", "config"),  # loads the programs by their names
     "__main__": ("cli",),
     "convert": (*_LIBRARY, "config", ""),
     "infer": (*_LIBRARY, "config", ""),

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import pathlib
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from x2v_jax import shipped
+from x2v_jax.cli.interrupts import StopFlag
 from x2v_jax.errors import UserError
 from x2v_jax.memory.device import peak_bytes
 from x2v_jax.models.functional import Params, parameter_count
@@ -140,7 +140,7 @@ class _Run:
         claim_directory(self.directory, _recorded(config), resume_any=config.resume_any)
         self.checkpoints = Checkpoints(self.directory)
         self.log = Log(self.directory)
-        self.stop = _StopFlag()
+        self.stop = StopFlag()
         self.frozen: Any = None
         self.root = jax.random.fold_in(jax.random.key(config.seed), 1)
 
@@ -291,18 +291,3 @@ def _recorded(config: Any) -> dict[str, Any]:
     for name in ("run_dir", "resume_any", "read_ahead", "log_every", "eval_every", "save_every"):
         values.pop(name)
     return {name: shipped.recorded(value) if isinstance(value, str) else value for name, value in values.items()}
-
-
-class _StopFlag:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the current step."""
-
-    def __init__(self):
-        self.requested = False
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 
 from infer.__main__ import main
-from infer.interrupts import Interrupts
 from x2v_jax.checkpoint.files.safetensors import SafetensorsWriter, read_safetensors
+from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.errors import UserError
 from x2v_jax.media.growing_mp4 import VideoStream
 from x2v_jax.media.video import read_frames, read_metadata, write_png, write_video

@@ -1,8 +1,8 @@
 """python -m train.prepare prompts|videos|images|lmdb|check: parse, call, report. The work is in train.data."""
 
-import signal
 import sys
 
+from x2v_jax.cli.interrupts import exit_on_sigterm
 from x2v_jax.errors import UserError
 
 from .arguments import parse
@@ -10,7 +10,7 @@ from .arguments import parse
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 damage found by `check`, 2 a user's mistake, 130 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     try:
         args = parse(arguments)
         from . import commands
