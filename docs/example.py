@@ -2,9 +2,7 @@
 
 import pathlib
 
-from x2v_jax import Pipeline, UserError
-from x2v_jax.media.video import read_metadata, write_video
-from x2v_jax.request import Request
+from x2v_jax import Pipeline, Request, UserError, read_metadata, write_video
 
 OUTPUTS = pathlib.Path("outputs/example")
 
