@@ -161,47 +161,38 @@ def resolve(
     problems += task_problems(request, model)
     if schedule.causal is not None:
         problems += causal.conflict_problems(request, model, schedule.causal, allow_mismatch)
-    steps, shift, warp = _noise_levels(request, schedule)
-    count = len(steps) or _or(request.num_inference_steps, _unipc_steps(schedule))
-    guidance = float(_or(request.guidance_scale, 1.0 if steps else schedule.guidance_scale))
+    sampling = _Sampling.of(request, schedule)
     size = _or(request.height, schedule.height), _or(request.width, schedule.width)
     num_frames, fps = _or(request.num_frames, schedule.num_frames), _or(request.fps, schedule.fps)
+    seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else int(request.seed)
     completed = dataclasses.replace(
-        request,
-        negative_prompt=_or(request.negative_prompt, schedule.negative_prompt if guidance != 1.0 else ""),
+        sampling.written_into(request, schedule),
         height=size[0],
         width=size[1],
         num_frames=num_frames,
         fps=fps,
-        num_inference_steps=count,
-        guidance_scale=guidance,
-        shift=shift,
-        denoising_step_list=steps or None,
-        warp_denoising_step=warp,
-        seed=(seed := secrets.randbelow(MAX_SEED + 1) if request.seed is None else int(request.seed)),
+        seed=seed,
     )
     problems += size_problems(size, num_frames, model)
     sigmas: tuple[float, ...] = ()
-    try:  # two steps at one noise level, or no signal at the first step, only show where shift and steps meet
-        sigmas = _sigmas(steps, count, shift, warp)
+    try:
+        sigmas = sampling.sigmas()
     except UserError as error:
         problems.append(str(error))
-    settings = None
+    plan: WholePlan | RolloutPlan = WholePlan("step_distill" if sampling.steps else "unipc", sigmas, sampling.shift)
+    latent_frames = (num_frames - 1) // model.config("vae").temporal_stride + 1
     if schedule.causal is not None:
         settings = causal.decide(request, fps, model, schedule.causal)
         completed = settings.written_into(completed)
         if not problems:
-            problems += causal.rollout_problems(request, settings, size, bool(steps), model, schedule.causal)
+            has_steps = bool(sampling.steps)
+            problems += causal.rollout_problems(request, settings, size, has_steps, model, schedule.causal)
+        if not problems:
+            plan = settings.plan(sigmas, schedule.causal)
+            num_frames, latent_frames = settings.num_frames, settings.latent_frames or settings.window
     if problems:
         raise UserError(_join(problems))
     _warn(request, completed)
-    vae = model.config("vae")
-    if settings is None or schedule.causal is None:
-        plan: WholePlan | RolloutPlan = WholePlan("step_distill" if steps else "unipc", sigmas, shift)
-        latent_frames = (num_frames - 1) // vae.temporal_stride + 1
-    else:
-        plan = settings.plan(sigmas, schedule.causal)
-        num_frames, latent_frames = settings.num_frames, settings.latent_frames or settings.window
     later = tuple((float(second), text) for second, text in request.prompt_schedule)
     before = (completed.negative_prompt or "",) if completed.uses_guidance else ()
     return ResolvedRequest(
@@ -211,10 +202,10 @@ def resolve(
         width=size[1],
         num_frames=num_frames,
         latent_frames=latent_frames,
-        latent_channels=vae.z_dim,
+        latent_channels=model.config("vae").z_dim,
         fps=fps,
         seed=seed,
-        guidance_scale=guidance,
+        guidance_scale=sampling.guidance_scale,
         pin_first_frame=request.pin_first_frame,
         kv_cache=request.kv_cache or "",
         save_latents=os.fspath(request.save_latents or ""),
@@ -224,22 +215,54 @@ def resolve(
     )
 
 
-def _noise_levels(request: Request, schedule: Schedule) -> tuple[tuple[float, ...], float, bool]:
-    """Timesteps of the step-distill sampler (none for UniPC), shift, and whether it still applies to them."""
-    steps = None if request.denoising_step_list is None else tuple(request.denoising_step_list)
-    if steps is None and not _asks_for_unipc(request, schedule):
-        steps = schedule.denoising_step_list
-    brings_steps = steps is not None and not schedule.is_distilled
-    warp = request.warp_denoising_step
-    if warp is None:
-        warp = schedule.warp_denoising_step if steps == schedule.denoising_step_list else True
-    shift = float(_or(request.shift, Schedule.shift if brings_steps else schedule.shift))
-    return steps or (), shift, bool(warp)
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """How the noise is taken away. steps: timesteps of the step-distill sampler, none for UniPC; the rest as asked."""
 
+    steps: tuple[float, ...]
+    count: int
+    shift: float
+    warp: bool
+    guidance_scale: float
 
-def _sigmas(steps: tuple[float, ...], count: int, shift: float, warp: bool) -> tuple[float, ...]:
-    levels = step_sigmas(steps, shift, warp=warp) if steps else unipc_schedule(count, shift)[0][:-1]
-    return tuple(float(sigma) for sigma in levels)
+    @classmethod
+    def of(cls, request: Request, schedule: Schedule) -> "_Sampling":
+        steps = None if request.denoising_step_list is None else tuple(request.denoising_step_list)
+        if steps is None and not _asks_for_unipc(request, schedule):
+            steps = schedule.denoising_step_list
+        brings_steps = steps is not None and not schedule.is_distilled
+        warp = request.warp_denoising_step
+        if warp is None:
+            warp = schedule.warp_denoising_step if steps == schedule.denoising_step_list else True
+        shift = _or(request.shift, Schedule.shift if brings_steps else schedule.shift)
+        guidance = _or(request.guidance_scale, schedule.guidance_scale if steps is None else 1.0)
+        count = _or(request.num_inference_steps, _unipc_steps(schedule)) if steps is None else len(steps)
+        return cls(steps or (), count, float(shift), bool(warp), float(guidance))
+
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise level that each step starts from.
+
+        Raises:
+            UserError: two steps are at one level, or there is no signal at the first.
+        """
+        if self.steps:
+            levels = step_sigmas(self.steps, self.shift, warp=self.warp)
+        else:
+            levels = unipc_schedule(self.count, self.shift)[0][:-1]
+        return tuple(float(sigma) for sigma in levels)
+
+    def written_into(self, request: Request, schedule: Schedule) -> Request:
+        return dataclasses.replace(
+            request,
+            negative_prompt=_or(
+                request.negative_prompt, schedule.negative_prompt if self.guidance_scale != 1.0 else ""
+            ),
+            num_inference_steps=self.count,
+            guidance_scale=self.guidance_scale,
+            shift=self.shift,
+            denoising_step_list=self.steps or None,
+            warp_denoising_step=self.warp,
+        )
 
 
 def _asks_for_unipc(request: Request, schedule: Schedule) -> bool:
