@@ -27,6 +27,7 @@ from x2v_jax.models.functional import Params, merge
 from x2v_jax.models.wan_blocks import CrossKeys
 
 Latents = Float[Array, "b f h w c"]
+GivenLatents = Float[Array | np.ndarray, "b f h w c"]
 # (block, its shape [B, f, h, w, C]) -> what it starts from, [B, f, h, w, C]
 NoiseFn = Callable[[int, tuple[int, ...]], Array]
 # (block, number of steps, its shape) -> what is added after each step but the last, [steps - 1, B, f, h, w, C]
@@ -89,7 +90,7 @@ class Rollout:
         renoise: RenoiseFn,
         num_frames: int | None = None,
         *,
-        given: Latents | None = None,
+        given: GivenLatents | None = None,
         change: ChangeFn | None = None,
     ) -> Iterator[Latents]:
         """Blocks of clean latents [B, f, h, w, C] float32, in order. A block may still be in the making on the device.

@@ -100,10 +100,10 @@ def _context_noise_problems(value: object) -> list[str]:
     ]
 
 
-def _step_list_problems(steps: Sequence[float] | None) -> list[str]:
+def _step_list_problems(steps: object) -> list[str]:
     try:
         if steps is not None:
-            step_sigmas(steps, warp=False)
+            step_sigmas(steps, warp=False)  # type: ignore[arg-type]  # it says in a sentence what is no list of numbers
     except UserError as error:
         return [str(error)]
     return []
