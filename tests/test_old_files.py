@@ -20,10 +20,11 @@ from train.cli import make_task
 from train.data.check import check
 from train.loop import Stopped, train
 from train.prepare.__main__ import main as prepare
-from x2v_jax import Pipeline, compiled_programs
+from x2v_jax import Pipeline
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.config.flags import load_config
-from x2v_jax.video import read_frames, read_metadata
+from x2v_jax.generate import compiled_programs
+from x2v_jax.media.video import read_frames, read_metadata
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "v0_1"
 PROMPT = "a red circle moves left"

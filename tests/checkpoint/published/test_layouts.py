@@ -172,7 +172,7 @@ def test_8_bit_copies_stand_back_behind_full_precision(tmp_path):
 
 
 def test_a_trainers_file_as_torch_writes_it():
-    data = pathlib.Path(__file__).parent / "data"
+    data = pathlib.Path(__file__).parents[1] / "files/data"
     raw = read_raw([data / "trainer.pth"])
     plain = read_safetensors(data / "trainer.safetensors")
     assert (raw.state, raw.other_states) == ("generator_ema", ("generator", "critic", "step"))
