@@ -7,14 +7,14 @@ programs (`tests/memory/test_memory.py` holds the prediction against such report
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
 from x2v_jax.errors import UserError
 from x2v_jax.memory import vae as vae_memory
-from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Umt5Config, WanConfig
+from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 
 # Attention without a fused kernel makes scores in chunks of at most this size.
 _MAX_SCORES = 1 << 28
@@ -31,11 +31,21 @@ _EIGHT_BIT = {np.dtype(name) for name in QUANTIZATIONS}
 
 
 @runtime_checkable
+class Weight(Protocol):
+    """A tensor's size and type; its values are not asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+@runtime_checkable
 class Weights(Protocol):
     """What `plan` asks of a checkpoint; `checkpoint.native.reader.NativeCheckpoint` answers it."""
 
     def has(self, component: str) -> bool: ...
-    def tensors(self, component: str) -> Mapping[str, Any]: ...
+    def tensors(self, component: str) -> Mapping[str, Weight]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,33 @@ class BlockSizes:
     originals: int = 0
 
 
-def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype:
+class PlanChanges(TypedDict, total=False):
+    """Arguments of `plan` that are changed to see what it would say then."""
+
+    latent_size: tuple[int, int, int]
+    guided: bool
+    dtype: str
+    vae_dtype: str
+    keep_encoders: bool
+    sequential_guidance: bool
+    vae_decode: str
+    offload: str
+    quantized: Sequence[str]
+    with_text_encoder: bool
+    on_cpu: bool
+    available: int | None
+    blocks: BlockSizes | None
+
+
+def config_of[C: Config](configs: Mapping[str, Config], component: str, kind: type[C]) -> C:
+    """The config of a component, which is of the kind that the component has."""
+    config = configs[component]
+    if not isinstance(config, kind):
+        raise TypeError(f"the config of {component} is a {type(config).__name__}, not a {kind.__name__}")
+    return config
+
+
+def device_dtype(component: str, name: str, stored: np.dtype | type[object], dtype: str) -> np.dtype:
     """The type in which a weight is kept on the device.
 
     Args:
@@ -116,7 +152,7 @@ def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype
 
 def plan(
     checkpoint: Weights,
-    configs: Mapping[str, Any],
+    configs: Mapping[str, Config],
     latent_size: Sequence[int],
     *,
     guided: bool,
@@ -154,7 +190,7 @@ def plan(
     kept = encoders if keep_encoders else {}
     host = 0
     transformer = {"transformer": weights.get("transformer", 0)}
-    wan, vae_config = configs["transformer"], configs["vae"]
+    wan, vae_config = config_of(configs, "transformer", WanConfig), config_of(configs, "vae", VaeConfig)
     if offload == "blocks" and "transformer" in weights:
         only = weight_bytes(checkpoint, "transformer", dtype, quantized="transformer" in quantized, within="blocks.")
         held = min(_BLOCKS_AT_ONCE, wan.num_layers) * only // wan.num_layers
@@ -164,7 +200,7 @@ def plan(
     base = {"process": _PROCESS} if on_cpu else {}
     parts: dict[str, dict[str, int]] = {}
     if "text_encoder" in weights:
-        work = text_bytes(configs["text_encoder"], wan.text_len, size)
+        work = text_bytes(config_of(configs, "text_encoder", Umt5Config), wan.text_len, size)
         parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": work}
 
     def encode(latent_size: Sequence[int]) -> int:
@@ -172,7 +208,7 @@ def plan(
         return vae_memory.encode_bytes(vae_config, latent_size, method, vae_size)
 
     if wan.model_type == "i2v":
-        work = max(clip_bytes(configs["image_encoder"], size), encode(latent_size))
+        work = max(clip_bytes(config_of(configs, "image_encoder", ClipConfig), size), encode(latent_size))
         parts["image"] = base | encoders | vae | {"activations": work}
     if blocks is not None and blocks.encoded:
         # In pieces, each of which is given the convolutions' frames of the one before.
