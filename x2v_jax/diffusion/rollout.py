@@ -200,7 +200,7 @@ class Rollout:
 
         return jax.lax.fori_loop(first, last, body, (latents, cache))
 
-    def _check_given(self, given: Array, num_frames: int | None) -> None:
+    def _check_given(self, given: GivenLatents, num_frames: int | None) -> None:
         frames, expected = given.shape[1], self.shape(given.shape[1])
         if given.shape != expected:
             raise UserError(f"the given latents have shape {given.shape}; {expected} fits this model and size")

@@ -16,7 +16,7 @@ import errno
 import os
 import pathlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Self
 
 import numpy as np
@@ -135,7 +135,7 @@ class VideoStream:
 
 
 @contextlib.contextmanager
-def _explained(stream: VideoStream) -> Iterator[None]:
+def _explained(stream: VideoStream) -> Generator[None]:
     try:
         yield
     except OSError as error:

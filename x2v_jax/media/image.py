@@ -4,10 +4,11 @@ import io
 import os
 import pathlib
 import warnings
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeGuard, cast
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from x2v_jax.errors import UserError
 
@@ -46,13 +47,11 @@ def load_image(source: object) -> UInt8[np.ndarray, "height width 3"]:
     Raises:
         UserError: no such file, not a picture, truncated, too many pixels, or a kind of pixel without a fixed range.
     """
-    from PIL import Image
-
     if isinstance(source, np.ndarray):
         return _checked_array(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image")
-    if not isinstance(source, (str, os.PathLike)):
+    if not _is_path(source):
         raise UserError(f"image is a {type(source).__name__}; give a path, a PIL image or a uint8 array [H, W, 3]")
     path = pathlib.Path(os.path.expanduser(source))
     # os.path and not pathlib: text that cannot be a path (pasted base64 is too long a name) simply does not exist.
@@ -71,6 +70,10 @@ def load_image(source: object) -> UInt8[np.ndarray, "height width 3"]:
         return _decode(file, name)
 
 
+def _is_path(source: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(source, str | os.PathLike)
+
+
 def _checked_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise UserError(
@@ -80,8 +83,6 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 
 
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
-    from PIL import Image
-
     try:
         with warnings.catch_warnings():  # Pillow warns from 89 million pixels on; ours is the limit that counts
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -95,7 +96,7 @@ def _decode(file: BinaryIO, name: str) -> np.ndarray:
     return _to_rgb(image, name)
 
 
-def _to_rgb(image: Any, name: str) -> np.ndarray:
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels(name)
     if image.width == 0 or image.height == 0:
@@ -112,9 +113,7 @@ def _to_rgb(image: Any, name: str) -> np.ndarray:
         raise _broken(name, error) from error
 
 
-def _rgb(image: Any, name: str) -> Any:
-    from PIL import Image
-
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or (image.mode.startswith("I") and not _is_16_bit(image)):
         raise UserError(f"{name} has 32-bit pixels, whose white is not defined; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):
@@ -128,22 +127,24 @@ def _rgb(image: Any, name: str) -> Any:
     return image.convert("RGB")
 
 
-def _is_16_bit(image: Any) -> bool:
+def _is_16_bit(image: Image.Image) -> bool:
     # 16-bit files have mode "I;16" or, from some formats, "I" (32-bit integers) with 16-bit values.
     if image.mode.startswith("I;16"):
         return True
-    low, high = image.getextrema()
+    low, high = cast(tuple[float, float], image.getextrema())  # pairs come only with several channels
     return low >= 0 and high <= 65535
 
 
-def _from_cmyk(image: Any) -> Any:
+def _from_cmyk(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     profile = image.info.get("icc_profile")
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            # The module in C that makes profiles has no types.
+            screen = ImageCms.createProfile("sRGB")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            converted = ImageCms.profileToProfile(image, source, screen, outputMode="RGB")
         except (OSError, ImageCms.PyCMSError):
             converted = None  # A broken or foreign profile: the plain formula below still gives a usable picture.
         if converted is not None:
@@ -151,9 +152,7 @@ def _from_cmyk(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _upright(rgb: Any, source: Any) -> Any:
-    from PIL import Image
-
+def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
     try:
         orientation = source.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # Broken EXIF beside a sound picture: show the picture as it is stored.

@@ -90,7 +90,7 @@ def read_text_embeddings(path: Path, text_len: int, text_dim: int) -> dict[str, 
         UserError: no `text`, another width, too many rows, or values that are not finite.
     """
     tensors = _read(path, "text_embeddings", {"text", "negative_text"}, required="text")
-    result = {}
+    result: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2 or tensor.shape[1] != text_dim or not 1 <= tensor.shape[0] <= text_len:
             raise UserError(

@@ -10,10 +10,10 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
 
 import av
+import av.container
 import av.error
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
@@ -21,6 +21,7 @@ from PIL import Image
 
 from x2v_jax import shipped
 from x2v_jax.checkpoint.files.atomic import complete_file
+from x2v_jax.checkpoint.files.json_file import is_json_object
 from x2v_jax.errors import UserError
 
 Path = str | os.PathLike[str]
@@ -59,7 +60,10 @@ def encode_video(
             # x264's macroblock tree reads memory that it has not written when a frame has only a few blocks a side:
             # the same frames then gave other bytes, with pixels off by up to 30.
             options["x264-params"] = "mbtree=0"
-        stream = container.add_stream("libx264", rate=frame_rate(fps), options=options)
+        # PyAV leaves its further keywords and the stream of its packets untyped.
+        stream = container.add_stream(  # pyright: ignore[reportUnknownMemberType]
+            "libx264", rate=frame_rate(fps), options=options
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Written out, because players guess BT.601 for small untagged video and the colours then shift.
@@ -68,8 +72,8 @@ def encode_video(
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         for image in frames:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(_to_yuv(rgb)))
-        container.mux(stream.encode(None))
+            container.mux(stream.encode(_to_yuv(rgb)))  # pyright: ignore[reportUnknownMemberType]
+        container.mux(stream.encode(None))  # pyright: ignore[reportUnknownMemberType]
     return buffer.getvalue()
 
 
@@ -98,7 +102,7 @@ def settings_file(path: Path, metadata: Mapping[str, object]) -> dict[pathlib.Pa
     return {pathlib.Path(path).with_suffix(".json"): (_json(metadata, indent=2) + "\n").encode()}
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, object]:
     """The settings that `write_video` stored in the mp4.
 
     Raises:
@@ -110,7 +114,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         metadata = json.loads(text or "")
     except json.JSONDecodeError:
         metadata = None
-    if not isinstance(metadata, dict):
+    if not is_json_object(metadata):
         raise UserError(f"{os.fspath(path)} carries no settings; give an mp4 as `{shipped.command('infer')}` wrote it")
     return metadata
 
@@ -124,7 +128,7 @@ def read_frames(path: Path) -> np.ndarray:
     with _opened(path) as container:
         if not container.streams.video:
             raise UserError(f"{os.fspath(path)} holds no video stream; give a video file")
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
     if not frames:
         raise UserError(f"{os.fspath(path)} holds no video frames; give a video file")
     return np.stack(frames)
@@ -201,7 +205,7 @@ def _picture(image: np.ndarray, scale: int) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Generator[av.container.InputContainer]:
     name = os.fspath(path)
     try:
         with av.open(name) as container:

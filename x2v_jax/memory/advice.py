@@ -8,14 +8,18 @@ be wrong in either direction and a run that would have gone well is worth more t
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Protocol, Unpack, runtime_checkable
 
 from x2v_jax.errors import UserError
-from x2v_jax.memory.predict import MemoryPlan
+from x2v_jax.memory.predict import MemoryPlan, PlanChanges
 
-# Predicted memory of a video with these fields of `predict.Workload` changed.
-PlanWith = Callable[..., MemoryPlan]
+
+@runtime_checkable
+class PlanWith(Protocol):
+    """Predicted memory of a video with some fields of `predict.Workload` changed."""
+
+    def __call__(self, **changes: Unpack[PlanChanges]) -> MemoryPlan: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Change:
     """Something that a user could change. values: fields of `predict.Workload` after it."""
 
     words: str
-    values: dict[str, Any]
+    values: PlanChanges
 
 
 def explain(plan: MemoryPlan, limit: int | None, changes: list[Change], plan_with: PlanWith) -> str:
@@ -49,8 +53,9 @@ def settings_that_fit(plan: MemoryPlan, limit: int | None, changes: list[Change]
     alone = [(change, plan_with(**change.values).peak) for change in changes]
     if enough := [f"{change.words} ({_gb(peak)} GB)" for change, peak in alone if peak <= limit]:
         return " or ".join(enough[:3])
-    together: dict[str, Any] = {}
-    words, peak = [], plan.peak
+    together: PlanChanges = {}
+    words: list[str] = []
+    peak = plan.peak
     for change, _ in alone:
         less = plan_with(**(together | change.values)).peak
         if less < peak:
@@ -86,13 +91,14 @@ def check(plan: MemoryPlan, free: int | None, device: int | None, limit: int | N
 
 
 @contextlib.contextmanager
-def explained(say: Callable[[], str]) -> Iterator[None]:
+def explained(say: Callable[[], str]) -> Generator[None]:
     """Turns jax's error on full memory into a UserError that says what to change."""
     import jax
 
+    failure: type[Exception] = jax.errors.JaxRuntimeError  # pyright: ignore[reportUnknownMemberType]  # no types there
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except failure as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"the device's memory does not suffice: {say()}") from error

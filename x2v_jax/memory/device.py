@@ -30,4 +30,6 @@ def device_bytes() -> int | None:
 def _device_statistics() -> dict[str, int]:
     import jax
 
-    return jax.local_devices()[0].memory_stats() or {}
+    # jaxlib, where devices come from, has no types.
+    statistics: dict[str, int] | None = jax.local_devices()[0].memory_stats()  # pyright: ignore[reportUnknownMemberType]
+    return statistics or {}

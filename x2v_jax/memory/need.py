@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 from x2v_jax import shipped
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.memory import advice, predict
 from x2v_jax.memory.advice import Change
+from x2v_jax.models.config import Config, VaeConfig
 from x2v_jax.request.options import RunOptions
 
 # Latent rows and columns that every Wan2.1 model makes: 480 x 832 pixels.
@@ -28,7 +29,7 @@ class MemoryNeed:
     """
 
     checkpoint: NativeCheckpoint
-    configs: Mapping[str, Any]
+    configs: Mapping[str, Config]
     latent_size: tuple[int, int, int]
     guided: bool
     encodes_text: bool
@@ -37,7 +38,7 @@ class MemoryNeed:
     on_cpu: bool = False
     available: int | None = None
 
-    def plan(self, **changes: Any) -> predict.MemoryPlan:
+    def plan(self, **changes: Unpack[predict.PlanChanges]) -> predict.MemoryPlan:
         """The prediction, with some fields of `predict.Workload` replaced."""
         options = self.options
         work = predict.Workload(
@@ -62,7 +63,8 @@ class MemoryNeed:
 
     def changes(self) -> list[Change]:
         """What a user could change, the least harmful first."""
-        options, blocks, found = self.options, self.blocks, []
+        options, blocks = self.options, self.blocks
+        found: list[Change] = []
         if options.keep_encoders:
             found.append(Change("set keep_encoders to false", {"keep_encoders": False}))
         if options.vae_decode != "tiled":
@@ -83,7 +85,8 @@ class MemoryNeed:
         if options.dtype == "float32":
             found.append(Change("set dtype to 'bfloat16'", {"dtype": "bfloat16"}))
         frames, height, width = self.latent_size
-        stride = self.configs["vae"].spatial_stride
+        vae = predict.config_of(self.configs, "vae", VaeConfig)
+        stride = vae.spatial_stride
         small = (min(height, max(_SMALL)), min(width, min(_SMALL)))
         if width >= height:
             small = (min(height, min(_SMALL)), min(width, max(_SMALL)))
@@ -92,7 +95,7 @@ class MemoryNeed:
             found.append(Change(words, {"latent_size": (frames, *small)}))
         if blocks is None and frames > _SHORT:
             fewer = max(_SHORT, frames // 2)
-            count = (fewer - 1) * self.configs["vae"].temporal_stride + 1
+            count = (fewer - 1) * vae.temporal_stride + 1
             found.append(Change(f"ask for {count} frames", {"latent_size": (fewer, height, width)}))
         return found
 

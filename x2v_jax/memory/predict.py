@@ -7,14 +7,14 @@ programs (`tests/memory/test_memory.py` holds the prediction against such report
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
 from x2v_jax.errors import UserError
 from x2v_jax.memory import vae as vae_memory
-from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Umt5Config, WanConfig
+from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 
 # Attention without a fused kernel makes scores in chunks of at most this size.
 _MAX_SCORES = 1 << 28
@@ -31,11 +31,21 @@ _EIGHT_BIT = {np.dtype(name) for name in QUANTIZATIONS}
 
 
 @runtime_checkable
+class Weight(Protocol):
+    """A tensor's size and type; its values are not asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+@runtime_checkable
 class Weights(Protocol):
     """What `plan` asks of a checkpoint; `checkpoint.native.reader.NativeCheckpoint` answers it."""
 
     def has(self, component: str) -> bool: ...
-    def tensors(self, component: str) -> Mapping[str, Any]: ...
+    def tensors(self, component: str) -> Mapping[str, Weight]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,33 @@ class BlockSizes:
     originals: int = 0
 
 
-def device_dtype(component: str, name: str, stored: Any, dtype: str) -> np.dtype:
+class PlanChanges(TypedDict, total=False):
+    """Arguments of `plan` that are changed to see what it would say then."""
+
+    latent_size: tuple[int, int, int]
+    guided: bool
+    dtype: str
+    vae_dtype: str
+    keep_encoders: bool
+    sequential_guidance: bool
+    vae_decode: str
+    offload: str
+    quantized: Sequence[str]
+    with_text_encoder: bool
+    on_cpu: bool
+    available: int | None
+    blocks: BlockSizes | None
+
+
+def config_of[C: Config](configs: Mapping[str, Config], component: str, kind: type[C]) -> C:
+    """The config of a component, which is of the kind that the component has."""
+    config = configs[component]
+    if not isinstance(config, kind):
+        raise TypeError(f"the config of {component} is a {type(config).__name__}, not a {kind.__name__}")
+    return config
+
+
+def device_dtype(component: str, name: str, stored: np.dtype | type[object], dtype: str) -> np.dtype:
     """The type in which a weight is kept on the device.
 
     Args:
@@ -144,7 +180,7 @@ class Workload:
     blocks: BlockSizes | None = None
 
 
-def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> MemoryPlan:
+def plan(checkpoint: Weights, configs: Mapping[str, Config], work: Workload) -> MemoryPlan:
     """Predicts the memory of one video.
 
     Args:
@@ -159,7 +195,8 @@ def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> Mem
     kept = encoders if work.keep_encoders else {}
     host = 0
     transformer = {"transformer": weights.get("transformer", 0)}
-    wan, vae_config, latent_size = configs["transformer"], configs["vae"], work.latent_size
+    wan, vae_config = config_of(configs, "transformer", WanConfig), config_of(configs, "vae", VaeConfig)
+    latent_size = work.latent_size
     if work.offload == "blocks" and "transformer" in weights:
         quantized = "transformer" in work.quantized
         host = weight_bytes(checkpoint, "transformer", work.dtype, quantized=quantized, within="blocks.")
@@ -170,7 +207,7 @@ def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> Mem
     base = {"process": _PROCESS} if work.on_cpu else {}
     parts: dict[str, dict[str, int]] = {}
     if "text_encoder" in weights:
-        activations = text_bytes(configs["text_encoder"], wan.text_len, size)
+        activations = text_bytes(config_of(configs, "text_encoder", Umt5Config), wan.text_len, size)
         parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": activations}
 
     def encode(latent_size: Sequence[int]) -> int:
@@ -178,7 +215,7 @@ def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> Mem
         return vae_memory.encode_bytes(vae_config, latent_size, method, vae_size)
 
     if wan.model_type == "i2v":
-        activations = max(clip_bytes(configs["image_encoder"], size), encode(latent_size))
+        activations = max(clip_bytes(config_of(configs, "image_encoder", ClipConfig), size), encode(latent_size))
         parts["image"] = base | encoders | vae | {"activations": activations}
     if work.blocks is None:
         before = vae if wan.model_type == "i2v" else {}  # loaded for the image already
@@ -192,17 +229,19 @@ def plan(checkpoint: Weights, configs: Mapping[str, Any], work: Workload) -> Mem
 
 
 def _whole_phases(
-    configs: Mapping[str, Any], work: Workload, held: dict[str, int], vae: dict[str, int], before: dict[str, int]
+    configs: Mapping[str, Config], work: Workload, held: dict[str, int], vae: dict[str, int], before: dict[str, int]
 ) -> dict[str, dict[str, int]]:
     """What is on the device while a whole video is denoised and decoded.
 
     Args:
         held: what is there in both phases. vae: the VAE's weights. before: what of them is there while it is denoised.
     """
-    vae_config, vae_size = configs["vae"], _itemsize(work.vae_dtype)
+    vae_config, vae_size = config_of(configs, "vae", VaeConfig), _itemsize(work.vae_dtype)
     batch = 2 if work.guided and not work.sequential_guidance else 1
     size = _itemsize(work.dtype)
-    activations = denoise_bytes(configs["transformer"], work.latent_size, batch, size, on_cpu=work.on_cpu)
+    activations = denoise_bytes(
+        config_of(configs, "transformer", WanConfig), work.latent_size, batch, size, on_cpu=work.on_cpu
+    )
     resident, method = held | vae, work.vae_decode
     if method == "auto":
         method = vae_memory.decode_method(vae_config, work.latent_size, _less(work.available, resident), vae_size)
@@ -211,15 +250,11 @@ def _whole_phases(
 
 
 def _block_phases(
-    configs: Mapping[str, Any], work: Workload, blocks: BlockSizes, held: dict[str, int]
+    configs: Mapping[str, Config], work: Workload, blocks: BlockSizes, held: dict[str, int]
 ) -> dict[str, dict[str, int]]:
     """What is on the device while a block is denoised and decoded. held: what is there in both phases."""
-    wan, vae_config, latent_size, vae_size = (
-        configs["transformer"],
-        configs["vae"],
-        work.latent_size,
-        _itemsize(work.vae_dtype),
-    )
+    wan, vae_config = config_of(configs, "transformer", WanConfig), config_of(configs, "vae", VaeConfig)
+    latent_size, vae_size = work.latent_size, _itemsize(work.vae_dtype)
     size = _itemsize(work.dtype)
     own = denoise_bytes(wan, (blocks.block, *latent_size[1:]), 1, size, on_cpu=work.on_cpu, window=blocks.window)
     resident = held | {"keys and values": kv_cache_bytes(wan, latent_size, blocks)}

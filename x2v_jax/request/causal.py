@@ -149,7 +149,7 @@ def latent_frames(pixel_frames: int, stride: int, *, follows: bool) -> int:
 
 def conflict_problems(request: Request, model: Model, causal: CausalSchedule, allow_mismatch: bool) -> list[str]:
     """Fields of `request`, as it was given, that exclude each other or contradict what the model was trained for."""
-    problems = []
+    problems: list[str] = []
     if model.task == "i2v":
         problems.append(
             "the checkpoint is image-to-video and causal, which this pipeline does not sample; use a causal "
@@ -202,7 +202,7 @@ def rollout_problems(
         size: height and width in pixels.
         has_steps: whether there is a denoising_step_list, the request's or the checkpoint's.
     """
-    problems = []
+    problems: list[str] = []
     mode, window, sink, block = settings.mode, settings.window, settings.sink, settings.block
     if not has_steps:
         problems.append(
@@ -270,7 +270,7 @@ def _length_problems(request: Request, settings: BlockSettings, model: Model) ->
     if frames < least or (frames - least) % step:
         rule = f"{step}n+{least % step} frames" if least % step else f"multiples of {step} when it continues a video"
         return [f"num_frames is {frames}; this model makes {rule}: use {_nearest(frames, least, step)}"]
-    problems = []
+    problems: list[str] = []
     if request.num_fragments is not None:
         wanted = _frames_said_otherwise(dataclasses.replace(request, seconds=None), settings, model)
         if wanted != frames:

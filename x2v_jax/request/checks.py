@@ -5,7 +5,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import get_args
+from typing import TypeGuard, get_args
 
 from x2v_jax.diffusion.rollout_plan import Mode, Positions
 from x2v_jax.diffusion.schedules import step_sigmas
@@ -63,7 +63,7 @@ def field_problems(request: Request) -> list[str]:
             problems.append(f"{name} is {values[name]!r}; give one string (one request makes one video)")
     for name in ("image", "initial_noise", "text_embeddings", "continue_from"):
         value = values[name]
-        if isinstance(value, str | os.PathLike) and not pathlib.Path(value).is_file():
+        if _is_path(value) and not pathlib.Path(value).is_file():
             problems.append(f"{name} is {os.fspath(value)!r}, but there is no such file; mend the path")
     return problems
 
@@ -109,13 +109,21 @@ def _step_list_problems(steps: object) -> list[str]:
     return []
 
 
+def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, tuple | list)
+
+
 def _prompt_schedule_problems(schedule: object) -> list[str]:
     example = "give pairs of second and prompt with rising seconds above 0, such as ((5.0, 'a dog'), (10.0, 'a cat'))"
-    if not isinstance(schedule, tuple | list):
+    if not _is_sequence(schedule):
         return [f"prompt_schedule is {schedule!r}; {example}"]
     before = 0.0
     for entry in schedule:
-        if not isinstance(entry, tuple | list) or len(entry) != 2:
+        if not _is_sequence(entry) or len(entry) != 2:
             return [f"prompt_schedule holds {entry!r}; {example}"]
         second, prompt = entry
         if not is_number(second) or not second > before:
@@ -139,7 +147,7 @@ def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> 
         ]
     trained = schedule.denoising_step_list
     assert trained is not None
-    problems = []
+    problems: list[str] = []
     if request.uses_guidance:
         problems.append(
             f"guidance_scale is {request.guidance_scale:g}, but this distilled checkpoint has guidance trained in and "
@@ -169,7 +177,7 @@ def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> 
 
 
 def task_problems(request: Request, model: Model) -> list[str]:
-    problems = []
+    problems: list[str] = []
     causal = model.schedule.causal is not None
     if model.variant in ("causvid", "self_forcing") and not causal:
         problems.append(
@@ -207,7 +215,7 @@ def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[
         num_frames: does not matter block by block.
     """
     vae, patch = model.config("vae"), model.config("transformer").patch_size
-    problems = []
+    problems: list[str] = []
     for name, value, pixels in zip(("height", "width"), size, patch[1:], strict=True):
         step = vae.spatial_stride * pixels
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.

@@ -116,7 +116,7 @@ class OptionFields(TypedDict, total=False):
 
 def problems(values: Mapping[str, object]) -> list[str]:
     """A sentence for each option whose value it cannot have."""
-    found = []
+    found: list[str] = []
     for name, known in _CHOICES.items():
         if name in values and values[name] not in known:
             either = f"give {' or '.join(known)}" if len(known) == 2 else f"give one of {', '.join(known)}"

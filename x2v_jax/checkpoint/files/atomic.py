@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from x2v_jax.errors import UserError
 
@@ -36,7 +36,7 @@ class CompleteFile:
 
 
 @contextlib.contextmanager
-def complete_file(path: str | os.PathLike[str], size: int) -> Iterator[CompleteFile]:
+def complete_file(path: str | os.PathLike[str], size: int) -> Generator[CompleteFile]:
     """A context in which a file is written beside `path`; at its end the file is synced to disk and renamed to `path`.
 
     After an error the unfinished file is removed. After a kill or a power cut it stays, as `.NAME.incomplete`, and the
@@ -78,7 +78,7 @@ def complete_file(path: str | os.PathLike[str], size: int) -> Iterator[CompleteF
 
 
 @contextlib.contextmanager
-def _explained(final: pathlib.Path) -> Iterator[None]:
+def _explained(final: pathlib.Path) -> Generator[None]:
     """Turns the system's errors into sentences for the user."""
     try:
         yield

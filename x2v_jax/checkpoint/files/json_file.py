@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import TypeGuard
 
 from x2v_jax.errors import UserError
 
@@ -12,7 +12,17 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def is_json_object(value: object) -> TypeGuard[dict[str, object]]:
+    """Whether a value that JSON was parsed to is an object: its keys are strings then."""
+    return type(value) is dict
+
+
+def is_json_array(value: object) -> TypeGuard[list[object]]:
+    """Whether a value that JSON was parsed to is an array."""
+    return type(value) is list
+
+
+def read_json(path: pathlib.Path) -> dict[str, object]:
     """A JSON object from a file of at most 64 MB.
 
     Raises:
@@ -26,6 +36,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON; download it again") from None
-    if not isinstance(content, dict):
+    if not is_json_object(content):
         raise UserError(f"{path}: holds no JSON object; download it again")
     return content

@@ -9,14 +9,30 @@ import stat
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from x2v_jax.errors import UserError
 
 # What a clone without Git LFS has in place of a large file.
 LFS_POINTER = b"version https://git-lfs"
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """An array of NumPy, of jax, or in a file: its size and type are known, and `np.asarray` reads its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __array__(self) -> np.ndarray: ...
 
 
 class MappedFile:
@@ -116,7 +132,7 @@ class LazyTensor:
         array.flags.writeable = False
         return array
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(), dtype=dtype, copy=copy)
 
 

@@ -8,12 +8,15 @@ how to call, no attribute is ever set on anything, and memory is bounded by a bu
 a tensor, so speed is no concern.
 """
 
+# The table of opcodes at the end is a part of the interpreter that stands outside its class.
+# pyright: reportPrivateUsage=false
+
 import pickletools
 import struct
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn, TypeGuard
 
 MAX_BYTES = 64 << 20  # of one pickle; a checkpoint of 10,000 tensors has about 2 MB
 MAX_OBJECTS = 1_000_000  # made by one pickle, each some 64 to 250 bytes in memory; 10,000 tensors make 700,000
@@ -36,15 +39,15 @@ class Global:
     """
 
     name: str
-    call: "Callable[[Interpreter, tuple], Any] | None" = None
-    value: Any = None
+    call: "Callable[[Interpreter, tuple[object, ...]], object] | None" = None
+    value: object = None
 
 
 @dataclass(slots=True, eq=False)
 class Record:
     """An object with attributes, such as an argparse.Namespace, reduced to a dictionary of them."""
 
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[Hashable, object] = field(default_factory=dict[Hashable, object])
 
 
 class Interpreter:
@@ -63,8 +66,8 @@ class Interpreter:
     def load(
         self,
         global_table: Mapping[str, Global] = MappingProxyType({}),
-        load_persistent: Callable[[Any], Any] | None = None,
-    ) -> Any:
+        load_persistent: Callable[[object], object] | None = None,
+    ) -> object:
         """The value of the pickle at `position`, which moves behind it.
 
         Args:
@@ -76,9 +79,9 @@ class Interpreter:
         self._limit = min(len(self.data), self.position + MAX_BYTES)
         self._budget = MAX_OBJECTS
         self._tuple_keys = 0
-        self._stack: list[Any] = []
-        self._marks: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
+        self._stack: list[object] = []
+        self._marks: list[list[object]] = []
+        self._memo: dict[int, object] = {}
         while (opcode := self._take(1)[0]) != _STOP:
             self.charge(1)
             run = _OPCODES.get(opcode)
@@ -101,7 +104,7 @@ class Interpreter:
         if self._budget < 0:
             self.refuse(f"its pickle makes more than {MAX_OBJECTS:,} objects, which no checkpoint needs.")
 
-    def set_item(self, target: dict, key: object, value: object) -> None:
+    def set_item(self, target: dict[Hashable, object], key: object, value: object) -> None:
         """target[key] = value, for keys whose hashes an attacker cannot make collide, once each."""
         if self.key(key) in target:
             self.damaged(f"the key {shorten(key)} occurs twice")
@@ -109,7 +112,7 @@ class Interpreter:
 
     def key(self, key: object) -> Hashable:
         """`key`, checked to be a plain value. Strings hash with a secret seed; numbers are bounded; tuples are few."""
-        if type(key) is tuple and len(key) <= MAX_TUPLE_KEY_LENGTH and all(type(part) in _SCALARS for part in key):
+        if is_tuple(key) and len(key) <= MAX_TUPLE_KEY_LENGTH and all(type(part) in _SCALARS for part in key):
             self._tuple_keys += 1
             if self._tuple_keys > MAX_TUPLE_KEYS:
                 self.refuse(f"it has more than {MAX_TUPLE_KEYS} tuples as dictionary keys, which no checkpoint needs.")
@@ -147,15 +150,16 @@ class Interpreter:
 
     # Stack
 
-    def _pop(self) -> Any:
+    def _pop(self) -> object:
         if not self._stack:
             self.damaged("a value is missing")
         return self._stack.pop()
 
-    def _top(self, kind: type) -> Any:
-        if not self._stack or type(self._stack[-1]) is not kind:
-            self.damaged(f"a {kind.__name__} is missing")
-        return self._stack[-1]
+    def _top[T](self, is_kind: Callable[[object], TypeGuard[T]], kind: str) -> T:
+        top = self._stack[-1] if self._stack else None
+        if not is_kind(top):
+            self.damaged(f"a {kind} is missing")
+        return top
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
@@ -164,7 +168,7 @@ class Interpreter:
         self._marks.append(self._stack)
         self._stack = []
 
-    def _pop_mark(self) -> list[Any]:
+    def _pop_mark(self) -> list[object]:
         if not self._marks:
             self.damaged("a mark is missing")
         items, self._stack = self._stack, self._marks.pop()
@@ -177,7 +181,7 @@ class Interpreter:
         del self._stack[-count:]
         self._push(items)
 
-    def _pair(self) -> list[Any]:
+    def _pair(self) -> list[object]:
         value = self._pop()
         return [self._pop(), value]
 
@@ -203,11 +207,11 @@ class Interpreter:
             self.damaged(f"memo {index} is empty")
         self._push(value)
 
-    def _extend(self, items: list[Any]) -> None:
-        self._top(list).extend(items)
+    def _extend(self, items: list[object]) -> None:
+        self._top(is_list, "list").extend(items)
 
-    def _fill_dict(self, items: list[Any]) -> None:
-        target = self._top(dict)
+    def _fill_dict(self, items: list[object]) -> None:
+        target = self._top(is_dict, "dict")
         if len(items) % 2:
             self.damaged("a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -239,7 +243,7 @@ class Interpreter:
 
     def _call(self) -> None:
         function, arguments = self._pair()
-        if type(function) is not Global or function.call is None or type(arguments) is not tuple:
+        if type(function) is not Global or function.call is None or not is_tuple(arguments):
             name = function.name if type(function) is Global else function
             self.refuse(f"its pickle calls {shorten(name)} with {shorten(arguments)}, and nothing was executed.")
         self._push(function.call(self, arguments))
@@ -247,7 +251,7 @@ class Interpreter:
     def _build(self) -> None:
         state = self._pop()
         target = self._stack[-1] if self._stack else None
-        if type(state) is not dict or type(target) not in (dict, Record):
+        if not is_dict(state) or type(target) not in (dict, Record):
             self.refuse(f"its pickle sets the state of {shorten(target)}, which no checkpoint needs.")
         # A state_dict's only attribute is `_metadata`, versions of modules that say nothing about the tensors.
         if type(target) is Record:
@@ -261,7 +265,26 @@ class Interpreter:
 
     def _fill_set(self) -> None:
         items = self._pop_mark()
-        self._top(set).update(map(self.key, items))
+        self._top(is_set, "set").update(map(self.key, items))
+
+
+# Of what a pickle made, by exact type: `isinstance` would let subclasses pass.
+
+
+def is_list(value: object) -> TypeGuard[list[object]]:
+    return type(value) is list
+
+
+def is_tuple(value: object) -> TypeGuard[tuple[object, ...]]:
+    return type(value) is tuple
+
+
+def is_dict(value: object) -> TypeGuard[dict[Hashable, object]]:
+    return type(value) is dict
+
+
+def is_set(value: object) -> TypeGuard[set[Hashable]]:
+    return type(value) is set
 
 
 def shorten(value: object) -> str:

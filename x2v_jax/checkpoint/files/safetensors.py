@@ -14,13 +14,14 @@ import struct
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from x2v_jax.checkpoint.files.atomic import CompleteFile, complete_file
-from x2v_jax.checkpoint.files.lazy_tensor import LFS_POINTER, LazyTensor, MappedFile, lazy_tensor
+from x2v_jax.checkpoint.files.json_file import is_json_array, is_json_object
+from x2v_jax.checkpoint.files.lazy_tensor import LFS_POINTER, LazyTensor, MappedFile, Tensor, lazy_tensor
 
 # The format allows 100 MB. A Wan2.1 14B header has 0.2 MB; 32 MiB hold 200,000 tensors and bound the parser's memory.
 MAX_HEADER = 32 << 20
@@ -59,8 +60,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         UserError: the file is missing, truncated, or its header breaks a rule of the format; the message names it.
     """
     file = MappedFile(path)
-    header, data_start = _read_header(file)
-    header.pop(_METADATA, None)
+    header, _, data_start = _read_header(file)
     tensors: dict[str, LazyTensor] = {}
     places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -86,8 +86,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         UserError: the file is missing or its header is not one.
     """
-    header, _ = _read_header(MappedFile(path))
-    return header.get(_METADATA, {})
+    _, metadata, _ = _read_header(MappedFile(path))
+    return metadata
 
 
 def without_advice(text: str) -> str:
@@ -99,8 +99,8 @@ def without_advice(text: str) -> str:
     return re.sub(r"\.?( (Download|Convert)[^.]*? again\.?| Is it [^.]*\?)?\Z", "", text)
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and the position of the data."""
+def _read_header(file: MappedFile) -> tuple[dict[str, object], dict[str, str], int]:
+    """The header's JSON object without its free text, that text, and the position of the data."""
     if len(file) < 8:
         file.refuse("it is too short to be a safetensors file. Download it again.")
     if file.bytes(0, min(len(file), len(LFS_POINTER))) == LFS_POINTER:
@@ -116,8 +116,8 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
     if raw.count(b"{") > 2 + length // _SMALLEST_ENTRY or raw.count(b"[") > 2 + 2 * length // _SMALLEST_ENTRY:
         file.refuse("its header nests more brackets than tensors need. Download it again.")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
         for name, value in pairs:
             if name in result:
                 file.refuse(f"its header has the key {_short(name)} twice. Download or convert it again.")
@@ -128,7 +128,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
         return result
 
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique)
+        header: dict[str, object] = json.loads(raw.decode(), object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         file.refuse(f"its header is not JSON in UTF-8 ({str(error)[:80]}). Download it again.")
     except ValueError as error:
@@ -136,14 +136,14 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
         if type(error) is not ValueError:
             raise
         file.refuse("its header has a number that is far too long. Download it again.")
-    metadata = header.get(_METADATA, {})
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+    metadata = header.pop(_METADATA, {})
+    if not _is_text(metadata):
         file.refuse("its '__metadata__' is not a mapping of strings to strings. Convert it again.")
-    return header, 8 + length
+    return header, metadata, 8 + length
 
 
 def _read_entry(file: MappedFile, name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
+    if not is_json_object(entry) or entry.keys() != _ENTRY_KEYS:
         file.refuse(f"its tensor {_short(name)} must have just dtype, shape and data_offsets. Convert it again.")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(code) if type(code) is str else None
@@ -164,8 +164,12 @@ def _read_entry(file: MappedFile, name: str, entry: object) -> tuple[np.dtype, t
     return dtype, tuple(shape), begin, end
 
 
-def _are_counts(values: object) -> bool:
-    return type(values) is list and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _is_text(metadata: object) -> TypeGuard[dict[str, str]]:
+    return is_json_object(metadata) and all(type(value) is str for value in metadata.values())
+
+
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    return is_json_array(values) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _short(value: object) -> str:
@@ -190,7 +194,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        tensors: Mapping[str, tuple[tuple[int, ...], Any]],
+        tensors: Mapping[str, tuple[tuple[int, ...], np.dtype | type[object]]],
         metadata: Mapping[str, str] | None = None,
     ):
         self.path = pathlib.Path(path)
@@ -220,7 +224,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
             raise error
         return self._context.__exit__(kind, error, trace)
 
-    def write(self, name: str, array: "np.ndarray | LazyTensor | Any") -> None:
+    def write(self, name: str, array: Tensor) -> None:
         """Write the whole tensor `name`."""
         shape, dtype = self._spec(name)
         if name not in self._missing or self._missing[name] is not None:
@@ -228,7 +232,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
         self._put(name, 0, array, shape, dtype)
         del self._missing[name]
 
-    def write_part(self, name: str, index: int, array: "np.ndarray | LazyTensor | Any") -> None:
+    def write_part(self, name: str, index: int, array: Tensor) -> None:
         """Write tensor[index], with `index` along axis 0."""
         shape, dtype = self._spec(name)
         if not shape or not 0 <= index < shape[0]:
@@ -247,7 +251,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
             raise ValueError(f"{self.path}: tensor {name!r} was not announced")
         return self._specs[name]
 
-    def _put(self, name: str, offset: int, array: object, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def _put(self, name: str, offset: int, array: Tensor, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if self._file is None:
             raise ValueError(f"{self.path}: tensors can be written only inside the context")
         values = array.read() if isinstance(array, LazyTensor) else np.asarray(array)
@@ -265,7 +269,7 @@ def _layout(
     """The bytes before the data, where each tensor begins in the file, and the bytes of all tensors."""
     if not all(type(text) is str for item in metadata.items() for text in item):
         raise ValueError("metadata must map strings to strings")
-    header: dict[str, Any] = {_METADATA: metadata} if metadata else {}
+    header: dict[str, object] = {_METADATA: metadata} if metadata else {}
     offsets: dict[str, int] = {}
     position = 0
     # Larger elements first, as the reference implementation has it: then each tensor begins at a multiple of its own.

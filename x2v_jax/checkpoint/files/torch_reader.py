@@ -8,14 +8,24 @@ Checksums are not compared: that would read the whole file, and torch can be tol
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Set
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TypeGuard
 
 import numpy as np
 
 from x2v_jax.checkpoint.files.lazy_tensor import LFS_POINTER, LazyTensor, MappedFile, lazy_tensor
-from x2v_jax.checkpoint.files.pickle_reader import MAX_BYTES, Global, Interpreter, Record, shorten
+from x2v_jax.checkpoint.files.pickle_reader import (
+    MAX_BYTES,
+    Global,
+    Interpreter,
+    Record,
+    is_dict,
+    is_list,
+    is_tuple,
+    shorten,
+)
 from x2v_jax.checkpoint.files.torch_globals import GLOBALS, STORAGES, UNTYPED, Storage, TensorRecord, is_count, show
 from x2v_jax.checkpoint.files.zip_index import read_members
 
@@ -29,7 +39,7 @@ _ZIP = (b"PK\3\4", b"PK\5\6")
 _Place = Callable[[Storage], tuple[int, int]]
 
 
-def read_torch_file(path: str | os.PathLike[str]) -> Any:
+def read_torch_file(path: str | os.PathLike[str]) -> object:
     """What `torch.save` put into `path`: nested dicts, lists, tuples and plain values with a LazyTensor per tensor.
 
     Parameters become tensors, an OrderedDict or a Namespace a dict, dtypes NumPy's, devices and paths strings.
@@ -56,7 +66,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     file.refuse(f"it does not begin as a file of torch.save does, but with {head[:8]!r}. Download it again.")
 
 
-def _read_zip(file: MappedFile) -> Any:
+def _read_zip(file: MappedFile) -> object:
     members = read_members(file)
     roots = {name.split("/")[0] for name in members}
     root = roots.pop() if len(roots) == 1 else ""
@@ -93,7 +103,7 @@ def _read_zip(file: MappedFile) -> Any:
     return _Result(file, place, order == "big").plain(value)
 
 
-def _read_legacy(file: MappedFile) -> Any:
+def _read_legacy(file: MappedFile) -> object:
     vm = Interpreter(file.bytes(0, MAX_BYTES + (1 << 20)), file.refuse)
     if vm.load() != _MAGIC:
         file.refuse("it is a pickle but not one that torch.save wrote (wrong magic number). Save it with torch.save.")
@@ -113,7 +123,7 @@ def _read_legacy(file: MappedFile) -> Any:
 
     value = vm.load(GLOBALS, load_persistent)
     keys = vm.load()
-    if type(keys) is not list:
+    if not is_list(keys):
         vm.damaged("the list of storages is missing")
     starts: dict[str, int] = {}
     position = vm.position
@@ -146,11 +156,11 @@ def _read_legacy(file: MappedFile) -> Any:
 
 def _storage(file: MappedFile, identifier: object, length: int) -> Storage:
     """The storage that a persistent id names: ("storage", type, key, location, elements[, view])."""
-    if type(identifier) is tuple and len(identifier) == length and identifier[0] == "storage":
+    if is_tuple(identifier) and len(identifier) == length and identifier[0] == "storage":
         kind, key, location, size = identifier[1:5]
         claim = identifier[5] if length == 6 else None
         view: tuple[int, int] | None = None
-        if type(claim) is tuple and len(claim) == 3 and is_count(claim[1]) and is_count(claim[2]):
+        if is_tuple(claim) and len(claim) == 3 and is_count(claim[1]) and is_count(claim[2]):
             view = (claim[1], claim[2])
         elif claim is not None:
             kind = None
@@ -161,15 +171,20 @@ def _storage(file: MappedFile, identifier: object, length: int) -> Storage:
     file.refuse("its pickle has a persistent id that is not a storage's. Save only a state_dict().")
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Part:
     """A value in plain types, how many values a walk over it meets, and how many containers deep it is."""
 
-    value: Any
+    value: object
     count: int
     height: int
 
 
 _TOO_DEEP = _Part(None, 1, MAX_DEPTH + 1)
+
+
+def _is_set(value: object) -> TypeGuard[Set[Hashable]]:
+    return isinstance(value, set | frozenset)
 
 
 class _Result:
@@ -187,7 +202,7 @@ class _Result:
         self._swap = swap
         self._done: dict[int, _Part | None] = {}
 
-    def plain(self, value: object) -> Any:
+    def plain(self, value: object) -> object:
         return self._convert(value).value
 
     def _convert(self, value: object, depth: int = 0) -> "_Part":
@@ -213,13 +228,13 @@ class _Result:
             return _Part(self._tensor(value), 1, 0)
         if type(value) is Global and value.value is not None and value.name not in STORAGES:
             return _Part(value.value, 1, 0)
-        if isinstance(value, set | frozenset):
+        if _is_set(value):
             return _Part(value, 1 + len(value), 1)
         items = value.fields if isinstance(value, Record) else value
-        if isinstance(items, dict):
+        if is_dict(items):
             parts = [self._convert(item, depth + 1) for item in items.values()]
             result = {key: part.value for key, part in zip(items, parts, strict=True)}
-        elif isinstance(items, list | tuple):
+        elif is_list(items) or is_tuple(items):
             parts = [self._convert(item, depth + 1) for item in items]
             result = type(items)(part.value for part in parts)
         else:

@@ -10,17 +10,14 @@ import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from x2v_jax.checkpoint.files.atomic import CompleteFile, complete_file
-from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
+from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Tensor
 from x2v_jax.checkpoint.files.torch_globals import DTYPES, STORAGES, UNTYPED
 from x2v_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 _ALIGNMENT = 64
 _ROOT = "archive"
@@ -31,7 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MODULES = {name: name.rpartition(".") for name in (*STORAGES, *(f"torch.{name}" for name in DTYPES))}
 
 
-def write_torch_file(path: str | os.PathLike[str], tensors: "Mapping[str, ArrayLike | LazyTensor]") -> None:
+def write_torch_file(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLike | LazyTensor]) -> None:
     """Write `tensors` as a flat state_dict that `torch.load(path, weights_only=True)` reads; one at a time in memory.
 
     Args:
@@ -41,7 +38,7 @@ def write_torch_file(path: str | os.PathLike[str], tensors: "Mapping[str, ArrayL
     Raises:
         UserError: an array has another dtype, a name is no string, or the file cannot be written.
     """
-    members: list[tuple[str, bytes | Any]] = [
+    members: list[tuple[str, object]] = [
         ("data.pkl", _pickle(tensors)),
         (".format_version", b"1"),
         (".storage_alignment", str(_ALIGNMENT).encode()),
@@ -61,9 +58,9 @@ def _nbytes(value: object) -> int:
     return len(value) if isinstance(value, bytes) else _lazy(value).nbytes
 
 
-def _lazy(value: object) -> Any:
+def _lazy(value: object) -> Tensor:
     """`value` as something with a shape, a dtype and nbytes; neither a file nor a device is read for them."""
-    return value if hasattr(value, "nbytes") else np.asarray(value)
+    return value if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _data(value: object) -> memoryview:
@@ -87,7 +84,7 @@ def _pickle(tensors: Mapping[str, object]) -> bytes:
     return b"".join([*parts, b"u."])
 
 
-def _tensor(name: str, value: Any, key: str) -> bytes:
+def _tensor(name: str, value: Tensor, key: str) -> bytes:
     dtype = value.dtype.newbyteorder("=") if value.dtype.kind in "iufc" else value.dtype
     if dtype not in _NAMES:
         raise UserError(f"tensor {name!r} has dtype {dtype}, which torch does not have; convert it, to float32 say.")
