@@ -148,7 +148,7 @@ def test_wrapper_prefixes_at_any_depth(tmp_path, prefix):
     }
     assert {unwrapped(key) for key in wrapped} == set(TRANSFORMER)
     (source,) = recognise(save(tmp_path / "x.safetensors", wrapped)).sources
-    assert to_official(source.read(), source.kind).tensors.keys() == TRANSFORMER.keys()
+    assert to_official(source.read(), source.convention).tensors.keys() == TRANSFORMER.keys()
 
 
 def test_8_bit_copies_stand_back_behind_full_precision(tmp_path):
