@@ -34,7 +34,8 @@ from x2v_jax.checkpoint.published.export import export
 from x2v_jax.checkpoint.quantize.eight_bit import DTYPES, dequantize, quantize
 from x2v_jax.errors import UserError
 from x2v_jax.models import config
-from x2v_jax.models.config import CONFIGS, WanConfig
+from x2v_jax.models.config import CONFIGS as SIZES
+from x2v_jax.models.config import WanConfig
 
 WORDS = {"int8": "int8", "fp8": "float8_e4m3fn"}
 TRANSFORMER = random_tensors("transformer", seed=1)
@@ -131,7 +132,7 @@ def test_the_matrices_are_those_that_lightx2v_quantizes(config, count, share):
     assert shapes["blocks.ffn.linear_1.weight"] == (config.num_layers, config.ffn_dim, config.dim)
     assert shapes["blocks.ffn.linear_1.scale"] == (config.num_layers, config.ffn_dim)
     for component, total in (("text_encoder", 168), ("image_encoder", 128)):
-        rows = wan.table(component, CONFIGS[component]())
+        rows = wan.table(component, SIZES[component]())
         assert sum(len(row.official_keys) for row in rows if row.is_quantizable) == total
 
 
