@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any, Protocol
 
+import einops
 import jax
 import numpy as np
 
@@ -94,5 +95,4 @@ def _tiled(frames: np.ndarray) -> np.ndarray:
     rows = -(-len(frames) // columns)
     full = np.zeros((rows * columns, *frames.shape[1:]), np.uint8)
     full[: len(frames)] = frames
-    full = full.reshape(rows, columns, *frames.shape[1:]).transpose(2, 0, 3, 1, 4, 5)
-    return full.reshape(full.shape[0], rows * frames.shape[2], columns * frames.shape[3], 3)
+    return einops.rearrange(full, "(rows columns) f h w c -> f (rows h) (columns w) c", rows=rows)

@@ -8,6 +8,7 @@ Sources: Yin et al., arXiv:2405.14867 (backward simulation); Huang et al., arXiv
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -247,8 +248,7 @@ class BlockByBlock:
         """Blocks first, …, first + count - 1 of the tape in one row, and room for one more: [layers, B, rows, H, D]."""
         room = jnp.zeros((count + 1, *tape.shape[1:]), tape.dtype)
         blocks = jax.lax.dynamic_slice_in_dim(jnp.concatenate([tape, room]), first, count + 1)
-        blocks = jnp.moveaxis(blocks, 0, 2)
-        return blocks.reshape(*blocks.shape[:2], -1, *blocks.shape[4:])
+        return einops.rearrange(blocks, "block layer b row ... -> layer b (block row) ...")
 
 
 class NoisedVideos:
@@ -299,10 +299,8 @@ def _levels(sigma: Array, x: Latents) -> Array:
 
 
 def _split(x: Latents, count: int) -> Array:
-    """[B, n f, ...] -> [n, B, f, ...]"""
-    return jnp.swapaxes(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 0, 1)
+    return einops.rearrange(x, "b (n f) ... -> n b f ...", n=count)
 
 
 def _join(x: Array) -> Latents:
-    x = jnp.swapaxes(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return einops.rearrange(x, "n b f ... -> b (n f) ...")

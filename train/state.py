@@ -7,6 +7,7 @@ an optimizer of its own; one of them is averaged and exported.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import optax
@@ -124,7 +125,7 @@ def _accumulated(gradient: Gradient, parts: int) -> Gradient:
 
     def mean(params: dict[str, Params], frozen: Any, batch: Any, key: jax.Array) -> Any:
         # Every part takes samples from all over the batch, so that each device keeps those that it has.
-        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+        split = jax.tree.map(lambda x: einops.rearrange(x, "(row part) ... -> part row ...", part=parts), batch)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(params, frozen, part, key)), None

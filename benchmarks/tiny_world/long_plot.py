@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from x2v_jax.media.video import write_png
+
 
 def plot(path: pathlib.Path, modes: Mapping[str, Mapping[str, Any]]) -> None:
     """Three panels side by side, a line a mode."""
@@ -37,4 +39,4 @@ def sheet(path: pathlib.Path, shown: Mapping[str, np.ndarray]) -> None:
         padded[:, : frames.shape[1]] = frames
         rows += [np.concatenate(list(video), axis=1) for video in padded]
     image = Image.fromarray(np.concatenate(rows))
-    image.resize((image.width // 2, image.height // 2)).save(path, optimize=True)
+    write_png(path, np.asarray(image.resize((image.width // 2, image.height // 2))))

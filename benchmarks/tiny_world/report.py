@@ -1,10 +1,10 @@
 """What a measurement of the tiny world leaves behind: a table, a JSON file and a contact sheet."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -82,9 +82,7 @@ def contact_sheet(
             draw.text(
                 (left, top + height // 2 + 2), f"seen: {seen if verdict.found else 'no single shape'}", _RED, font
             )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return iio.imwrite("<bytes>", np.asarray(sheet), plugin="pillow", extension=".png", optimize=True)
 
 
 def sheet_rows(right: Sequence[bool], count: int) -> list[int]:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+import einops
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -165,7 +166,7 @@ class LmdbData:
         """All states, float32 [n, num_states, f, h, w, C], noise first, the clean end last."""
         read = [part.row(row) for part, row in map(self.locate, rows)]
         stacked = np.stack(read).astype(np.float32).reshape(len(read), self.num_states, *read[0].shape[-4:])
-        return np.ascontiguousarray(np.moveaxis(stacked, 3, -1))
+        return np.ascontiguousarray(einops.rearrange(stacked, "n s f c h w -> n s f h w c"))
 
     def image(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The first frame of a row, where the data set has pictures."""

@@ -1,6 +1,5 @@
 """LMDB data sets -> caches of this project, which carry checksums and need no other package."""
 
-import io
 import json
 import os
 import pathlib
@@ -90,9 +89,7 @@ def extract_images(
     Raises:
         UserError: the data set has no pictures, or the folder cannot be written.
     """
-    from PIL import Image
-
-    from x2v_jax.media.video import write_files
+    from x2v_jax.media.video import write_files, write_png
 
     folder = pathlib.Path(folder)
     if not data.has_images:
@@ -101,9 +98,7 @@ def extract_images(
     for row in range(len(data)):
         name = f"{row:06d}.png"
         if not (folder / name).is_file():
-            buffer = io.BytesIO()
-            Image.fromarray(data.image(row)).save(buffer, "PNG")
-            write_files({folder / name: buffer.getvalue()})
+            write_png(folder / name, data.image(row))
         lines.append(json.dumps({"image": name, "caption": data.prompt(row)}, ensure_ascii=False))
         progress(row + 1, len(data))
     captions = folder / "captions.jsonl"

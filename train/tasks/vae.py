@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ class VaeTask(SingleRoleTask):
         error = np.square(np.asarray(decoded - videos, np.float64))
         psnr = 10 * np.log10(4.0 / error.mean(axis=(1, 2, 3, 4))).mean()
         last = 10 * np.log10(4.0 / error[:, -1].mean(axis=(1, 2, 3))).mean()
-        rows = np.stack([np.asarray(videos), np.asarray(decoded)], axis=1).reshape(-1, *videos.shape[1:])
+        rows = einops.rearrange([np.asarray(videos), np.asarray(decoded)], "kind n ... -> (n kind) ...")
         save_grid(directory / "samples" / f"{step:06d}.png", rows[:16])
         return {"psnr": float(psnr), "psnr_last_frame": float(last)}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,8 +208,7 @@ class StreamDecoder:
 
 def _joined(pieces: Num[Array, "n 1 f h w c"]) -> Num[Array, "1 m h w c"]:
     """What a scan stacked, one after the other in time."""
-    count, batch, frames, *size = pieces.shape
-    return jnp.moveaxis(pieces, 0, 1).reshape(batch, count * frames, *size)
+    return einops.rearrange(pieces, "n b f h w c -> b (n f) h w c")
 
 
 def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -83,17 +83,29 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 
 
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
+    import imageio.v3 as iio
+
+    from x2v_jax.media.picture_file import PictureFile
+
     try:
         with warnings.catch_warnings():  # Pillow warns from 89 million pixels on; ours is the limit that counts
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels(name) from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a picture that can be read; give a PNG, JPEG, WebP or the like") from error
-    except Exception as error:  # Decoders raise anything on malformed files: SyntaxError, struct.error, KeyError...
-        raise _broken(name, error) from error
-    return _to_rgb(image, name)
+            opened = iio.imopen(file, "r", plugin=PictureFile)  # pyright: ignore[reportUnknownMemberType]
+    except OSError as error:
+        raise _not_opened(name, error.__cause__ or error) from error
+    with opened:
+        return _to_rgb(opened.picture, name)
+
+
+def _not_opened(name: str, cause: BaseException) -> UserError:
+    """`cause` is what stands behind imageio's general error."""
+    from imageio.core.request import InitializationError
+
+    if isinstance(cause, InitializationError):
+        return UserError(f"{name} is not a picture that can be read; give a PNG, JPEG, WebP or the like")
+    if isinstance(cause, Image.DecompressionBombError):
+        return _too_many_pixels(name)
+    return _broken(name, cause)  # Decoders raise anything on malformed files: SyntaxError, struct.error, KeyError...
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -165,5 +177,5 @@ def _too_many_pixels(name: str) -> UserError:
     return UserError(f"{name} has more than {MAX_PIXELS:,} pixels; scale it down first (a video has about a million)")
 
 
-def _broken(name: str, error: Exception) -> UserError:
+def _broken(name: str, error: BaseException) -> UserError:
     return UserError(f"{name} is damaged or cut short ({error}); copy or download it again")

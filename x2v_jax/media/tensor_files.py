@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import einops
 import numpy as np
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
@@ -34,11 +35,11 @@ def read_noise(path: Path, shape: Sequence[int], num_steps: int | None) -> tuple
     first = (shape[-1], *shape[:-1])
     noise = _values(tensors, "noise", path, first)
     if "renoise" not in tensors:
-        return np.moveaxis(noise, 0, -1), None
+        return _channels_last(noise), None
     if num_steps is None:
         raise UserError(f"initial_noise: {path} holds renoise, but UniPC adds no noise between steps; take it out")
     renoise = _values(tensors, "renoise", path, (num_steps - 1, *first))
-    return np.moveaxis(noise, 0, -1), np.moveaxis(renoise, 1, -1)
+    return _channels_last(noise), _channels_last(renoise)
 
 
 class BlockNoise:
@@ -77,7 +78,8 @@ class BlockNoise:
         return self._block("renoise", block)
 
     def _block(self, name: str, block: int) -> np.ndarray:
-        return np.moveaxis(np.asarray(self._tensors[name].read()[block], np.float32), -3, -1)
+        block_values = np.asarray(self._tensors[name].read()[block], np.float32)
+        return einops.rearrange(block_values, "... c h w -> ... h w c")
 
 
 def read_text_embeddings(path: Path, text_len: int, text_dim: int) -> dict[str, np.ndarray]:
@@ -144,6 +146,10 @@ def _read(path: Path, field: str, known: set[str], *, required: str) -> dict[str
     if unknown := sorted(tensors.keys() - known):
         raise UserError(f"{field}: {path} holds {unknown[0]!r}; it may hold {' and '.join(sorted(known))} only")
     return tensors
+
+
+def _channels_last(values: np.ndarray) -> np.ndarray:
+    return einops.rearrange(values, "... c f h w -> ... f h w c")
 
 
 def _values(tensors: Mapping[str, LazyTensor], name: str, path: Path, shape: Sequence[int]) -> np.ndarray:

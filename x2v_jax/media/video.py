@@ -1,4 +1,4 @@
-"""Frames <-> video files: H.264 in mp4 with the settings that made it, and GIF and PNG for documents.
+"""Frames <-> video files: H.264 in mp4 with the settings that made it, and GIF, WebP and PNG for documents.
 
 A file appears under its name only when it is whole: it is encoded in memory, written beside its place, synced, renamed.
 """
@@ -13,16 +13,16 @@ import re
 from collections.abc import Generator, Mapping
 
 import av
-import av.container
 import av.error
+import imageio.v3 as iio
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image
 
 from x2v_jax import shipped
 from x2v_jax.checkpoint.files.atomic import complete_file
 from x2v_jax.checkpoint.files.json_file import is_json_object
 from x2v_jax.errors import UserError
+from x2v_jax.media.frames import NoVideoStream, decoded_frames
 
 Path = str | os.PathLike[str]
 
@@ -108,7 +108,7 @@ def read_metadata(path: Path) -> dict[str, object]:
     Raises:
         UserError: no such file, no video, or it carries no settings.
     """
-    with _opened(path) as container:
+    with _said(path), av.open(os.fspath(path)) as container:
         text = container.metadata.get(_METADATA_KEY)
     try:
         metadata = json.loads(text or "")
@@ -125,10 +125,11 @@ def read_frames(path: Path) -> np.ndarray:
     Raises:
         UserError: no such file, or it holds no video.
     """
-    with _opened(path) as container:
-        if not container.streams.video:
-            raise UserError(f"{os.fspath(path)} holds no video stream; give a video file")
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
+    with _said(path):
+        try:
+            frames = list(decoded_frames(path))
+        except NoVideoStream:
+            raise UserError(f"{os.fspath(path)} holds no video stream; give a video file") from None
     if not frames:
         raise UserError(f"{os.fspath(path)} holds no video frames; give a video file")
     return np.stack(frames)
@@ -137,18 +138,22 @@ def read_frames(path: Path) -> np.ndarray:
 def write_gif(path: Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """A looping GIF for documents; `scale` repeats pixels. GIF counts hundredths of a second, so fps is rounded."""
     _check(frames, fps)
-    pictures = [_picture(image, scale).quantize(colors=64, dither=Image.Dither.NONE) for image in frames]
-    buffer = io.BytesIO()
     duration = max(20, round(100 / fps) * 10)
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
-    write_files({pathlib.Path(path): buffer.getvalue()})
+    # 64 colours a frame, without dither, which would flicker.
+    data = _encoded(frames, scale, ".gif", bits=6, duration=duration, loop=0, optimize=True)
+    write_files({pathlib.Path(path): data})
+
+
+def write_webp(path: Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
+    """A looping WebP without loss, for documents; `scale` repeats pixels. Frames last whole milliseconds."""
+    _check(frames, fps)
+    data = _encoded(frames, scale, ".webp", duration=round(1000 / fps), loop=0, lossless=True)
+    write_files({pathlib.Path(path): data})
 
 
 def write_png(path: Path, image: np.ndarray, scale: int = 1) -> None:
     """One picture, uint8 [H, W, 3]."""
-    buffer = io.BytesIO()
-    _picture(image, scale).save(buffer, "PNG", optimize=True)
-    write_files({pathlib.Path(path): buffer.getvalue()})
+    write_files({pathlib.Path(path): _encoded(image, scale, ".png", optimize=True)})
 
 
 def contact_sheet(frames: np.ndarray, count: int = 5, gap: int = 2) -> np.ndarray:
@@ -200,17 +205,20 @@ def _to_yuv(rgb: av.VideoFrame) -> av.VideoFrame:
     )
 
 
-def _picture(image: np.ndarray, scale: int) -> Image.Image:
-    return Image.fromarray(np.repeat(np.repeat(image, scale, axis=0), scale, axis=1))
+def _encoded(pixels: np.ndarray, scale: int, extension: str, **options: int) -> bytes:
+    """A picture [H, W, 3] or an animation [F, H, W, 3] as the bytes of a file."""
+    enlarged = np.repeat(np.repeat(pixels, scale, axis=-3), scale, axis=-2)
+    # imageio's types are partial.
+    return iio.imwrite("<bytes>", enlarged, plugin="pillow", extension=extension, **options)  # pyright: ignore
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Generator[av.container.InputContainer]:
+def _said(path: Path) -> Generator[None]:
+    """Errors of reading a video become sentences."""
     name = os.fspath(path)
     try:
-        with av.open(name) as container:
-            yield container
+        yield
     except FileNotFoundError:
         raise UserError(f"{name}: no such file; give the path of a video") from None
-    except av.error.FFmpegError as error:
+    except (OSError, av.error.FFmpegError) as error:
         raise UserError(f"{name} cannot be read as a video ({error.strerror}); give an mp4 file") from error

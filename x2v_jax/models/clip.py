@@ -7,6 +7,7 @@ Matmuls run in `dtype`; the residual stream, norms and softmax are float32.
 
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -64,10 +65,10 @@ class _PatchEmbedding(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "b s s 3"]) -> Tokens:
         kernel = self.kernel[...].astype(self.dtype)
-        patch, batch, side = kernel.shape[0], pixels.shape[0], pixels.shape[1] // kernel.shape[0]
+        patch = kernel.shape[0]
         # Patches do not overlap, so the convolution is one matmul.
-        patches = pixels.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        return patches.reshape(batch, side * side, -1).astype(self.dtype) @ kernel.reshape(-1, kernel.shape[-1])
+        patches = einops.rearrange(pixels, "b (y ph) (x pw) c -> b (y x) (ph pw c)", ph=patch, pw=patch)
+        return patches.astype(self.dtype) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class ClipVisionTower(nnx.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,14 +61,14 @@ def conv3d_valid_in_time(before: Frames, x: Frames, kernel: Array) -> Frames:
     As one 2-D convolution of three frames side by side on channels. XLA's 3-D convolution on CPU runs at a third of the
     speed of that; on GPUs it wants channels first, and so transposes all that goes in and comes out.
     """
-    taps, kh, kw, i, o = kernel.shape
+    taps = kernel.shape[0]
     frames = x.shape[1]
     shifted = [
         # Said so that it is one copy: slices of the frames joined on time would be two.
         jnp.concatenate([before[:, t : t + frames], x[:, : max(0, frames - taps + 1 + t)]], axis=1)
         for t in range(taps)
     ]
-    flat_kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, taps * i, o)
+    flat_kernel = einops.rearrange(kernel, "taps kh kw i o -> kh kw (taps i) o")
     return _per_frame(lambda images: conv2d(images, flat_kernel), jnp.concatenate(shifted, axis=-1))
 
 
@@ -205,9 +206,7 @@ class Upsample(nnx.Module):
             else:
                 x = jnp.concatenate([cache, x], axis=1)
                 left = x[:, -2:]
-                b, f, h, w, c = x.shape
-                y = self.time_conv(x).reshape(b, f - 2, h, w, 2, c)
-                x = y.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * (f - 2), h, w, c)
+                x = einops.rearrange(self.time_conv(x), "b f h w (two c) -> b (f two) h w c", two=2)
         b, f, h, w, c = x.shape
         doubled = jnp.broadcast_to(x[:, :, :, None, :, None], (b, f, h, 2, w, 2, c)).reshape(b, f, 2 * h, 2 * w, c)
         return self.conv(doubled), left

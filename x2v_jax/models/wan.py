@@ -10,6 +10,7 @@ block by block with the keys and values of earlier frames from a cache (Self-For
 import math
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -270,13 +271,12 @@ def _patch_grid(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[in
 
 
 def _patchify(x: Array, patch: tuple[int, int, int]) -> Tokens:
-    b, c = x.shape[0], x.shape[-1]
     (f, h, w), (pt, ph, pw) = _patch_grid(x.shape, patch), patch
-    x = x.reshape(b, f, pt, h, ph, w, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(b, f * h * w, pt * ph * pw * c)
+    pattern = "b (f pt) (h ph) (w pw) c -> b (f h w) (pt ph pw c)"
+    return einops.rearrange(x, pattern, f=f, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
 
 def _unpatchify(x: Tokens, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Array:
     (f, h, w), (pt, ph, pw) = grid, patch
-    x = x.reshape(x.shape[0], f, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(x.shape[0], f * pt, h * ph, w * pw, -1)
+    pattern = "b (f h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c"
+    return einops.rearrange(x, pattern, f=f, h=h, w=w, pt=pt, ph=ph, pw=pw)

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 
+import einops
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -14,6 +15,7 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
+from x2v_jax.media.frames import NoVideoStream, decoded_frames
 from x2v_jax.media.latents_file import holds_latents
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae_reach import decoder_reach
@@ -168,7 +170,7 @@ def _channels_last(path: object, name: str, tensor: LazyTensor, shape: tuple[int
             f"continue_from: {name} of {path} is {list(found)}; this model needs "
             f"[{shape[0]}, F, {shape[1]}, {shape[2]}]"
         )
-    return np.moveaxis(tensor.read(), 0, -1)
+    return einops.rearrange(tensor.read(), "c f h w -> f h w c")
 
 
 def _from_video(path: File, count: int, plan: RolloutPlan, vae: VaeConfig, expected: Mapping[str, str]) -> EarlierVideo:
@@ -188,17 +190,15 @@ def _from_video(path: File, count: int, plan: RolloutPlan, vae: VaeConfig, expec
 
 def _last_frames(path: File, count: int) -> tuple[np.ndarray, int]:
     """(the last frames of a video, uint8 [at most count, H, W, 3]; how many it has)."""
-    import av
-    import av.error
-
     last: deque[np.ndarray] = deque(maxlen=count)
     total = 0
     try:
-        with av.open(os.fspath(path), "r") as container:
-            for frame in container.decode(video=0) if container.streams.video else ():  # type: ignore[union-attr]
-                last.append(frame.to_ndarray(format="rgb24"))
-                total += 1
-    except av.error.FFmpegError as error:
+        for frame in decoded_frames(path):
+            last.append(frame)
+            total += 1
+    except NoVideoStream:
+        pass  # said below, as of a stream without frames
+    except OSError as error:
         raise UserError(
             f"continue_from: {path} cannot be read as a video ({error.strerror}); give an mp4, or a .safetensors file "
             "of save_latents"

@@ -11,7 +11,7 @@ import numpy as np
 
 from x2v_jax.checkpoint.files.arrays import cast, contiguous, has_nonfinite, row_pieces
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
-from x2v_jax.checkpoint.names.wan import Row, table
+from x2v_jax.checkpoint.names.wan import Row, same, table
 from x2v_jax.checkpoint.published.open import PublishedNetwork
 from x2v_jax.checkpoint.published.read import OfficialTensors
 from x2v_jax.checkpoint.quantize.eight_bit import DTYPES as EIGHT_BIT_DTYPES
@@ -154,7 +154,7 @@ def _common(types: set[np.dtype]) -> np.dtype:
 def _pieces(row: Row, tensor: LazyTensor, dtype: np.dtype, own: str, findings: Findings) -> Iterator[np.ndarray]:
     """One official tensor as part of its parameter: a layer of a stack, or the whole in pieces of rows."""
     array = tensor.read()
-    stays = not row.transform.unit_axes and row.transform.order == tuple(range(array.ndim))
+    stays = row.transform == same(array.ndim)
     bad = False
     for part in row_pieces(array) if stays and row.layers is None else (array,):
         bad = bad or has_nonfinite(part)

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import einops
 import numpy as np
 
 from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
@@ -22,49 +23,53 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Foreign array -> ours: drop the axes `unit_axes` (of length one), then put the remaining axes in `order`.
+    """Foreign array -> ours: axes by names, as einops writes them; the foreign axes written 1 have length one.
 
-    >>> Transform(unit_axes=(3, 4), order=(2, 1, 0)).forward_shape((8, 4, 3, 1, 1))
+    >>> Transform("o i t 1 1", "t i o").forward_shape((8, 4, 3, 1, 1))
     (3, 4, 8)
     """
 
-    unit_axes: tuple[int, ...]
-    order: tuple[int, ...]
+    foreign: str
+    ours: str
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Foreign -> ours, a view."""
-        return np.squeeze(array, self.unit_axes).transpose(self.order)
+        return einops.rearrange(array, f"{self.foreign} -> {self.ours}")
 
     def backward(self, array: np.ndarray) -> np.ndarray:
         """Ours -> foreign, a view."""
-        return np.expand_dims(array.transpose(np.argsort(self.order)), self.unit_axes)
+        return einops.rearrange(array, f"{self.ours} -> {self.foreign}")
 
     def forward_shape(self, shape: Shape) -> Shape:
-        kept = [size for axis, size in enumerate(shape) if axis not in self.unit_axes]
-        return tuple(kept[axis] for axis in self.order)
+        sizes = dict(zip(self.foreign.split(), shape, strict=True))
+        return tuple(sizes[axis] for axis in self.ours.split())
 
     def backward_shape(self, shape: Shape) -> Shape:
-        kept = iter([shape[axis] for axis in np.argsort(self.order)])
-        return tuple(
-            1 if axis in self.unit_axes else next(kept) for axis in range(len(self.order) + len(self.unit_axes))
-        )
+        sizes = {"1": 1, **dict(zip(self.ours.split(), shape, strict=True))}
+        return tuple(sizes[axis] for axis in self.foreign.split())
+
+    @property
+    def rank(self) -> int:
+        """How many axes ours has."""
+        return len(self.ours.split())
 
 
 def same(rank: int) -> Transform:
-    return Transform((), tuple(range(rank)))
+    axes = " ".join(f"axis_{i}" for i in range(rank))
+    return Transform(axes, axes)
 
 
-LINEAR = Transform((), (1, 0))  # [out, in] -> [in, out]
-CONV2D = Transform((), (2, 3, 1, 0))  # [O, I, kh, kw] -> [kh, kw, I, O]
-CONV3D = Transform((), (2, 3, 4, 1, 0))  # [O, I, kt, kh, kw] -> [kt, kh, kw, I, O]
-TIME_CONV = Transform((3, 4), (2, 1, 0))  # [O, I, kt, 1, 1] -> [kt, I, O]
-POINTWISE2D = Transform((2, 3), (1, 0))  # [O, I, 1, 1] -> [I, O]
-POINTWISE3D = Transform((2, 3, 4), (1, 0))  # [O, I, 1, 1, 1] -> [I, O]
-SCALE = Transform((1,), (0,))  # [out, 1] -> [out]
-DROP_FIRST = Transform((0,), (0, 1))  # [1, n, D] -> [n, D]
-CLS_TOKEN = Transform((0, 1), (0,))  # [1, 1, D] -> [D]
-GAMMA2D = Transform((1, 2), (0,))  # [C, 1, 1] -> [C]
-GAMMA3D = Transform((1, 2, 3), (0,))  # [C, 1, 1, 1] -> [C]
+LINEAR = Transform("out in", "in out")
+CONV2D = Transform("out in kh kw", "kh kw in out")
+CONV3D = Transform("out in kt kh kw", "kt kh kw in out")
+TIME_CONV = Transform("out in kt 1 1", "kt in out")
+POINTWISE2D = Transform("out in 1 1", "in out")
+POINTWISE3D = Transform("out in 1 1 1", "in out")
+SCALE = Transform("out 1", "out")
+DROP_FIRST = Transform("1 n d", "n d")
+CLS_TOKEN = Transform("1 1 d", "d")
+GAMMA2D = Transform("c 1 1", "c")
+GAMMA3D = Transform("c 1 1 1", "c")
 
 
 @dataclasses.dataclass(frozen=True)

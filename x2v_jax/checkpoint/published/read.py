@@ -259,7 +259,7 @@ def _joined(tensors: list[LazyTensor], part: Part) -> LazyTensor:
         return tensors[0]
     first = tensors[0]
     if transform is not None:
-        if len(first.shape) != len(transform.order):
+        if len(first.shape) != transform.rank:
             return first  # misshapen: reported with the others
         shape = transform.backward_shape(first.shape)
         return LazyTensor(shape, first.dtype, lambda: transform.backward(first.read()))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -107,7 +108,7 @@ def _attend_by_heads(
 ) -> Any:
     """Groups of heads in turn, heads leading: with heads behind, XLA on CPU transposes scores before products."""
     b, lq, h, d = q.shape
-    heads = [x.swapaxes(1, 2).reshape(b * h, x.shape[1], d) for x in (q, k, v)]
+    heads = [einops.rearrange(x, "b l h d -> (b h) l d") for x in (q, k, v)]
     attend = functools.partial(_attend_heads, scale=scale, key_length=key_length, with_log_sum_exp=with_log_sum_exp)
     group = max(1, _MAX_SCORES_CPU // (lq * k.shape[1]))
     if group >= b * h:
