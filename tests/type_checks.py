@@ -11,7 +11,9 @@ from jaxtyping import install_import_hook
 # An int is a float to the type checker and to arithmetic, so it is here.
 _CONFIG = BeartypeConf(is_pep484_tower=True)
 # What these hold is what a user wrote; they say themselves, in a sentence, what is wrong with it.
-CHECKED_IN_SENTENCES = {"Request.__init__", "RunOptions.__init__", "step_sigmas"}
+CHECKED_IN_SENTENCES = {
+    "Request.__init__", "RunOptions.__init__", "RolloutPlan.__init__", "step_sigmas", "check_shift", "unipc_schedule",
+}  # fmt: skip
 # Trees, which jax also builds of shapes, shardings and placeholders: they are checked where they hold arrays.
 TREES = {"KVCache.__init__", "EightBit.__init__"}
 

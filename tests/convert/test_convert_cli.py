@@ -136,7 +136,8 @@ sys.exit(main(["wan", {str(tmp_path / "src")!r}, {str(tmp_path / "out")!r}]))
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None and process.stdout.readline()
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.communicate(timeout=30)
+    assert process.returncode == 143
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 

@@ -195,6 +195,7 @@ def test_given_frames_of_another_size_or_number_are_refused(two_layers):
             run(4, given=np.zeros(shape, np.float32))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_networks_and_sizes_that_do_not_fit_are_refused():
     plan = RolloutPlan(SIGMAS)
     base = {"dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 1}

@@ -182,7 +182,7 @@ class KVCache:
 
 def _read_like(q: Array) -> ReadRows:
     def read(
-        source: PyTree[Array], first_row: Array | int, rows: int, first_head: Array | int, heads: int
+        source: PyTree[Array | int], first_row: Array | int, rows: int, first_head: Array | int, heads: int
     ) -> tuple[Array, Array]:
         cache, layer = source
         k, v = (restore(_rows(x, layer, first_row, rows, first_head, heads), q.dtype) for x in (cache.k, cache.v))
@@ -191,7 +191,7 @@ def _read_like(q: Array) -> ReadRows:
     return read
 
 
-def _in_place(source: PyTree[Array]) -> RowsInPlace | None:
+def _in_place(source: PyTree[Array | int]) -> RowsInPlace | None:
     """All layers' rows as they are kept; what is kept in 8 bits has to be dequantized first."""
     cache, layer = source
     if isinstance(cache.k, EightBit) or isinstance(cache.v, EightBit):

@@ -48,7 +48,7 @@ def load_image(source: object) -> UInt8[np.ndarray, "height width 3"]:
         UserError: no such file, not a picture, truncated, too many pixels, or a kind of pixel without a fixed range.
     """
     if isinstance(source, np.ndarray):
-        return _checked_array(source)
+        return _checked_array(cast(np.ndarray, source))  # of whichever dtype, which is checked there
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image")
     if not _is_path(source):
@@ -156,7 +156,7 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             # The module in C that makes profiles has no types.
             screen = ImageCms.createProfile("sRGB")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            converted = ImageCms.profileToProfile(image, source, screen, outputMode="RGB")
+            converted = ImageCms.profileToProfile(image, source, screen, outputMode="RGB")  # pyright: ignore[reportUnknownArgumentType]
         except (OSError, ImageCms.PyCMSError):
             converted = None  # A broken or foreign profile: the plain formula below still gives a usable picture.
         if converted is not None:

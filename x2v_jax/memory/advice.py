@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Generator
-from typing import Protocol, Unpack, runtime_checkable
+from typing import Protocol, Unpack, cast, runtime_checkable
 
 from x2v_jax.errors import UserError
 from x2v_jax.memory.predict import MemoryPlan, PlanChanges
@@ -95,7 +95,8 @@ def explained(say: Callable[[], str]) -> Generator[None]:
     """Turns jax's error on full memory into a UserError that says what to change."""
     import jax
 
-    failure: type[Exception] = jax.errors.JaxRuntimeError  # pyright: ignore[reportUnknownMemberType]  # no types there
+    # jaxlib, where the error comes from, has no types.
+    failure = cast(type[Exception], jax.errors.JaxRuntimeError)  # pyright: ignore[reportUnknownMemberType]
     try:
         yield
     except failure as error:

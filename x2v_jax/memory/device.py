@@ -1,6 +1,7 @@
 """Memory of the device as it is: what there is, what is free, the most that was held."""
 
 import sys
+from typing import cast
 
 
 def peak_bytes() -> int:
@@ -31,5 +32,6 @@ def _device_statistics() -> dict[str, int]:
     import jax
 
     # jaxlib, where devices come from, has no types.
-    statistics: dict[str, int] | None = jax.local_devices()[0].memory_stats()  # pyright: ignore[reportUnknownMemberType]
+    found = jax.local_devices()[0].memory_stats()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    statistics = cast(dict[str, int] | None, found)
     return statistics or {}

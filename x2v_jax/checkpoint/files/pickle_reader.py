@@ -339,7 +339,7 @@ _OPCODES: dict[int, Callable[[Interpreter], object]] = {
     0x85: lambda vm: vm._tuple(1),
     0x86: lambda vm: vm._tuple(2),
     0x87: lambda vm: vm._tuple(3),
-    0x8F: lambda vm: vm._push(vm.charge(3) or set()),  # an empty set is four times as large as an empty list
+    0x8F: lambda vm: vm._push(vm.charge(3) or set[object]()),  # an empty set is four times as large as an empty list
     0x90: Interpreter._fill_set,
     0x91: lambda vm: vm._push(frozenset(map(vm.key, vm._pop_mark()))),
     # memo

@@ -152,9 +152,13 @@ def _rebuild_tensor_v2(vm: Interpreter, arguments: tuple[object, ...]) -> Tensor
 def _rebuild_tensor_v3(vm: Interpreter, arguments: tuple[object, ...]) -> TensorRecord:
     # (storage, offset, shape, stride, requires_grad, backward_hooks, dtype[, metadata])
     dtype = arguments[6] if len(arguments) in (7, 8) else None
-    if type(dtype) is not Global or not isinstance(dtype.value, np.dtype) or dtype.name in STORAGES:
+    if type(dtype) is not Global or not _is_dtype(dtype.value) or dtype.name in STORAGES:
         _wrong_arguments(vm, "torch._utils._rebuild_tensor_v3")
     return _tensor(vm, "torch._utils._rebuild_tensor_v3", arguments[:4], dtype.value, (*arguments, None)[7])
+
+
+def _is_dtype(value: object) -> TypeGuard[np.dtype[np.generic]]:
+    return isinstance(value, np.dtype)
 
 
 def _rebuild_parameter(vm: Interpreter, arguments: tuple[object, ...]) -> TensorRecord:
@@ -166,10 +170,12 @@ def _rebuild_parameter(vm: Interpreter, arguments: tuple[object, ...]) -> Tensor
 
 def _rebuild_from_type(vm: Interpreter, arguments: tuple[object, ...]) -> TensorRecord:
     # (rebuild function, its arguments' type, its arguments, attributes): a tensor to which somebody gave attributes
-    if len(arguments) == 4 and type(arguments[0]) is Global and is_tuple(arguments[2]):
-        function, kind, inner = arguments[:3]
-        if function.name in _REBUILDS and type(kind) is Global and kind.name in _TENSOR_TYPES and function.call:
-            return function.call(vm, inner)
+    function, kind, inner = (*arguments, None, None, None)[:3]
+    is_known = len(arguments) == 4 and type(kind) is Global and kind.name in _TENSOR_TYPES
+    if is_known and type(function) is Global and function.name in _REBUILDS and function.call and is_tuple(inner):
+        rebuilt = function.call(vm, inner)
+        if type(rebuilt) is TensorRecord:
+            return rebuilt
     _wrong_arguments(vm, "torch._tensor._rebuild_from_type_v2")
 
 

@@ -128,14 +128,15 @@ def _read_legacy(file: MappedFile) -> object:
     starts: dict[str, int] = {}
     position = vm.position
     for key in keys:
-        storage = claimed.get(key) if type(key) is str else None
-        if storage is None or key in starts:
+        name = key if type(key) is str else ""
+        storage = claimed.get(name)
+        if storage is None or name in starts:
             file.refuse(
                 f"its list of storages has {shorten(key)}, unknown to its pickle or repeated. Download it again."
             )
         nbytes = storage.size * storage.dtype.itemsize
         size = int.from_bytes(file.bytes(position, position + 8), "little")
-        starts[key] = position + 8
+        starts[name] = position + 8
         position += 8 + nbytes
         if size != storage.size or position > len(file):
             file.refuse(

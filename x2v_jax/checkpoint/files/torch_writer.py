@@ -78,7 +78,7 @@ def _pickle(tensors: Mapping[str, object]) -> bytes:
     """The pickle of a dict that names storage i for the i-th tensor."""
     parts = [b"\x80\x02}("]
     for index, (name, value) in enumerate(tensors.items()):
-        if not isinstance(name, str):
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may have no types
             raise UserError(f"tensor name {name!r} must be a string.")
         parts += [_string(name), _tensor(name, _lazy(value), str(index))]
     return b"".join([*parts, b"u."])

@@ -34,7 +34,7 @@ class ReadRows(Protocol):
     """Keys and values of some rows and heads, in the type to compute in; where they start may be traced."""
 
     def __call__(
-        self, source: PyTree[Array], first_row: Array | int, rows: int, first_head: Array | int, heads: int
+        self, source: PyTree[Array | int], first_row: Array | int, rows: int, first_head: Array | int, heads: int
     ) -> tuple[Float[Array, "b r g d"], Float[Array, "b r g d"]]: ...
 
 
@@ -46,12 +46,12 @@ class RowsInPlace(NamedTuple):
     first_group: Array
 
 
-InPlace = Callable[[PyTree[Array]], RowsInPlace | None]
+InPlace = Callable[[PyTree[Array | int]], RowsInPlace | None]
 
 
 def attention_in_parts(
     q: Float[Array, "b lq h d"],
-    source: PyTree[Array],
+    source: PyTree[Array | int],
     read: ReadRows,
     *,
     rows: int,
@@ -79,7 +79,7 @@ def attention_in_parts(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fixed: dict[str, Any] = {"read": read, "rows": rows, "scale": factor}
 
-    def whole(q: Array, source: PyTree[Array], length: Array) -> Array:
+    def whole(q: Array, source: PyTree[Array | int], length: Array) -> Array:
         k, v = read(source, 0, rows, 0, q.shape[2])
         return attention(
             q, k, v, scale=factor, key_length=length, implementation=implementation, precision=precision
@@ -89,7 +89,7 @@ def attention_in_parts(
         return whole(q, source, length)
 
     @jax.custom_vjp
-    def in_parts(q: Array, source: PyTree[Array], length: Array) -> Array:
+    def in_parts(q: Array, source: PyTree[Array | int], length: Array) -> Array:
         cudnn, reference = (functools.partial(f, **fixed) for f in (_by_heads, _by_rows))
         if implementation == "cudnn":
             return cudnn(q, source, length)
@@ -116,7 +116,7 @@ def _config(q: Array, rows: RowsInPlace | None, implementation: Implementation) 
 
 
 def _in_place(
-    q: Array, source: PyTree[Array], length: Array, *, in_place: InPlace, scale: float, config: HopperConfig
+    q: Array, source: PyTree[Array | int], length: Array, *, in_place: InPlace, scale: float, config: HopperConfig
 ) -> Array:
     rows = in_place(source)
     assert rows is not None  # or no kernel would have been chosen
@@ -131,7 +131,9 @@ def _row_bytes(q: Array) -> int:
     return 2 * b * h * d * q.dtype.itemsize
 
 
-def _by_heads(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
+def _by_heads(
+    q: Array, source: PyTree[Array | int], length: Array, *, read: ReadRows, rows: int, scale: float
+) -> Array:
     """Heads in groups: every group is complete, so nothing has to be put together, at the full speed of cuDNN."""
     b, lq, h, d = q.shape
     most = max(1, _CUDNN_BYTES * h // (_row_bytes(q) * rows))
@@ -146,7 +148,7 @@ def _by_heads(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows,
     return jnp.moveaxis(out, 0, 2).reshape(b, lq, h, d)
 
 
-def _by_rows(q: Array, source: PyTree[Array], length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
+def _by_rows(q: Array, source: PyTree[Array | int], length: Array, *, read: ReadRows, rows: int, scale: float) -> Array:
     """Rows in parts, for queries in tiles. Heads lead, as products on every platform want it."""
     b, lq, h, d = q.shape
     part = min(_ROWS, rows)
