@@ -7,7 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import GifImagePlugin, Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from x2v_jax.errors import UserError
 from x2v_jax.media import image as image_module
@@ -129,6 +130,83 @@ def test_other_colour_spaces(tmp_path):
     assert np.abs(load_image(path).astype(int) - 128).max() <= 2
 
 
+def _png_text(**texts: str) -> PngInfo:
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, value)
+    return info
+
+
+def _gamma() -> PngInfo:
+    info = PngInfo()
+    info.add(b"gAMA", struct.pack(">I", 22_000))
+    return info
+
+
+def _turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+# Kinds of pixels that imageio's own arrays would change or refuse: name -> mode, and options of saving.
+KINDS = {
+    "grey.png": ("L", {"exif": _turned(5)}),
+    "alpha.webp": ("RGBA", {"lossless": True, "exact": True, "exif": _turned(7)}),
+    "bits.tiff": ("1", {}),
+    "grey-alpha.tiff": ("LA", {}),
+    "palette.gif": ("P", {"transparency": 3}),
+    "palette.png": ("P", {"transparency": bytes(range(200)), "exif": _turned(6)}),
+    "colour-that-is-clear.png": ("RGB", {"transparency": (255, 0, 0)}),
+    "sixteen.png": ("I;16", {"exif": _turned(8)}),
+    "sixteen-clear.png": ("I;16", {"transparency": 0}),
+    "inks.jpg": ("CMYK", {"exif": _turned(3)}),
+    "lab.tiff": ("LAB", {}),
+    "sizes.ico": ("RGBA", {"sizes": [(16, 16), (32, 32)]}),
+    "wavelets.jp2": ("RGB", {}),
+    "gamma.png": ("RGB", {"pnginfo": _gamma()}),
+    "words.png": ("RGB", {"pnginfo": _png_text(mode="L", shape="x", Orientation="6", transparency="1", gamma="9")}),
+    "no-exif.png": ("RGB", {"exif": b"Exif\x00\x00rubbish!"}),
+    "no-exif.jpg": ("RGB", {"exif": b"Exif\x00\x00rubbish!"}),
+    "moves.png": ("RGBA", {"save_all": True, "append_images": [Image.new("RGBA", (32, 40))]}),
+    "moves.webp": ("RGBA", {"save_all": True, "append_images": [Image.new("RGBA", (32, 40))], "lossless": True}),
+    "moves.gif": ("P", {"save_all": True, "append_images": [Image.new("P", (32, 40))]}),
+    "pages.tiff": ("RGB", {"save_all": True, "append_images": [Image.new("L", (32, 40))]}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_is_read_as_pillow_reads_it(tmp_path, name):
+    mode, options = KINDS[name]
+    values = np.random.default_rng(0).integers(0, 256, (40, 32, 4), np.uint8)
+    rgba = Image.fromarray(values)
+    if mode == "LAB":
+        picture = Image.frombytes("LAB", rgba.size, values[..., :3].tobytes())
+    elif mode == "I;16":
+        picture = Image.fromarray(values.view(np.uint16)[..., 0])
+    else:
+        picture = rgba.convert("RGB").quantize(200) if mode == "P" else rgba.convert(mode)
+    path = _save(tmp_path / name, picture, **options)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(load_image(path), load_image(opened))
+
+
+def test_reading_a_gif_leaves_pillow_as_it_was(tmp_path):
+    before = GifImagePlugin.LOADING_STRATEGY
+    load_image(_save(tmp_path / "a.gif", Image.fromarray(CORNERS)))
+    assert before == GifImagePlugin.LOADING_STRATEGY
+
+
+@pytest.mark.parametrize("name", ["imageio:chelsea.png", "https://localhost:1/a.png", "<clipboard>", "<video0>"])
+def test_names_that_mean_something_to_imageio_are_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_image(name)
+    if "/" not in name:
+        (tmp_path / name).write_bytes(_save(tmp_path / "a.png", Image.fromarray(CORNERS)).read_bytes())
+        np.testing.assert_array_equal(load_image(name), CORNERS)
+
+
 def test_of_an_animation_the_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "lime", "blue")]
     path = _save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
@@ -241,8 +319,6 @@ def test_the_limit_holds_for_pictures_in_memory_too(monkeypatch):
 
 
 def test_a_compressed_text_bomb_beside_the_pixels_is_refused(tmp_path):
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
     info.add_text("comment", "x" * 80_000_000, zip=True)
     file = io.BytesIO()

@@ -21,6 +21,7 @@ from x2v_jax.media.video import (
     write_gif,
     write_png,
     write_video,
+    write_webp,
 )
 
 
@@ -149,6 +150,33 @@ def test_gifs_and_pngs_for_documents(tmp_path: pathlib.Path):
     write_png(tmp_path / "a.png", sheet, scale=3)
     with Image.open(tmp_path / "a.png") as png:
         assert png.size == (3 * 196, 144)
+
+
+def test_a_webp_for_documents_moves_without_loss(tmp_path: pathlib.Path):
+    write_webp(tmp_path / "a.webp", clip(), 16, scale=2)
+    with Image.open(tmp_path / "a.webp") as webp:
+        assert webp.size == (128, 96) and getattr(webp, "n_frames", 1) == 9
+        for number, frame in enumerate(clip()):
+            webp.seek(number)
+            np.testing.assert_array_equal(np.asarray(webp.convert("RGB"))[::2, ::2], frame)
+
+
+def test_sound_alone_is_said(tmp_path: pathlib.Path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44_100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), np.float32), format="fltp", layout="mono")
+        sound.rate = 44_100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match=r"a\.mp4 holds no video stream"):
+        read_frames(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("name", ["imageio:cockatoo.mp4", "https://localhost:1/a.mp4", "<video0>"])
+def test_names_that_mean_something_to_imageio_are_files(tmp_path: pathlib.Path, monkeypatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        read_frames(name)
 
 
 def test_a_small_video_has_the_same_bytes_whatever_memory_held_before():

@@ -1,5 +1,6 @@
 """The frames of a video file, one at a time."""
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -31,6 +32,8 @@ def decoded_frames(path: str | os.PathLike[str]) -> Iterator[UInt8[np.ndarray, "
                 yield from video.iter(format="rgb24")  # pyright: ignore[reportUnknownMemberType]
             except av.error.FFmpegError as error:
                 raise OSError(error.errno, error.strerror) from error
+            except AttributeError as error:  # imageio asks a decoder that is not there for its settings
+                raise OSError(errno.EINVAL, "Decoder not found") from error
 
 
 def _reason(error: OSError) -> Exception:
@@ -41,4 +44,7 @@ def _reason(error: OSError) -> Exception:
     if isinstance(cause, IndexError):
         return NoVideoStream()
     reason = cause.__context__ if cause else None
-    return OSError(reason.errno, reason.strerror) if isinstance(reason, av.error.FFmpegError) else error
+    if isinstance(reason, av.error.FFmpegError):
+        return OSError(reason.errno, reason.strerror)
+    # An empty file: FFmpeg seeks to before its beginning, and it is Python that complains.
+    return OSError(errno.EINVAL, "Invalid data found when processing input")
