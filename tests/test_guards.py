@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
 
 import jax.numpy as jnp
@@ -16,6 +18,36 @@ from x2v_jax.models.rope import apply_rope, rope_tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPED = {"Bool", "Float", "Float32", "Int", "Int32", "Integer", "Key", "Num", "Shaped", "UInt8"}
+# Public functions whose signature still says Any. Flax modules that are used alike without a common class, trees of
+# parameters, devices and the references of kernels have no type in flax and jax; the others are to be mended.
+UNTYPED = {
+    "checkpoint/lora/merge": "merge_into merge_into_native",
+    "checkpoint/lora/write": "write_lora",
+    "checkpoint/names/smoothing": "smoothing_shapes",
+    "checkpoint/native/load": "load_tensors",
+    "checkpoint/native/reader": "NativeCheckpoint.load",
+    "checkpoint/quantize/eight_bit": "quantization_of",
+    "config/lightx2v": "read_json translate",
+    "diffusion/image_condition": "image_condition pin_first_frame",
+    "diffusion/rollout": "Rollout.__init__",
+    "generate/compiled_programs": "identity",
+    "generate/components": "Components.network",
+    "generate/network": "Network.jit Network.of",
+    "generate/tokenizer": "Tokenizer.__init__",
+    "models/functional": "flatten merge",
+    "models/host_blocks": "with_blocks_on_host",
+    "models/layers": "linear stacked",
+    "models/networks": "abstract_network make_network",
+    "models/vae_blocks": "AttentionBlock.__call__ Conv2d.__call__ run_chain",
+    "models/wan_blocks": "Block.__init__ Block.with_cache CrossAttention.__init__ Mlp.__init__ SelfAttention.__init__ "
+    "SelfAttention.queries_keys_values SelfAttention.with_cache",
+    "ops/attention/api": "attention",
+    "ops/attention/hopper_repack": "repack repack_registers",
+    "ops/attention/reference": "attention_reference",
+    "ops/devices": "compute_capability cuda_device named",
+    "ops/fused_norms/api": "rmsnorm_rope",
+    "ops/linear_8bit/quantize": "quantize_weight",
+}
 
 
 def test_a_wrong_shape_given_to_the_library_is_refused():
@@ -81,12 +113,79 @@ def _names(node: ast.expr | None) -> set[str]:
 
 def test_any_is_said_rarely():
     """Aliases of Any count as Any: they would be the way around this."""
-    assert sum(_anys(ast.parse(path.read_text())) for path in (ROOT / "x2v_jax").rglob("*.py")) <= 328
+    assert sum(_anys(ast.parse(path.read_text())) for path in (ROOT / "x2v_jax").rglob("*.py")) <= 263
 
 
-def _anys(module: ast.Module) -> int:
+@pytest.mark.parametrize("folder", ["request", "memory", "media", "checkpoint/files"])
+def test_a_folder_of_strict_types_never_says_any(folder: str):
+    files = sorted((ROOT / "x2v_jax" / folder).rglob("*.py"))
+    assert files and not [path.name for path in files if _anys(ast.parse(path.read_text()))]
+    strict = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["strict"]
+    assert f"x2v_jax/{folder}" in strict
+
+
+def test_no_public_signature_says_any_but_those_that_are_listed():
+    """A new one fails, and so does a line of the list that is mended: the list can only become shorter."""
+    found = {
+        f"{path.relative_to(ROOT / 'x2v_jax').with_suffix('').as_posix()}:{name}"
+        for path in (ROOT / "x2v_jax").rglob("*.py")
+        if not path.stem.startswith("_") or path.stem.startswith("__")
+        for name in _public_anys(ast.parse(path.read_text()))
+    }
+    listed = {f"{module}:{name}" for module, names in UNTYPED.items() for name in names.split()}
+    assert found == listed
+
+
+def test_the_search_for_any_in_signatures_finds_it():
+    source = """
+Tree = Any
+def f(x: Any): ...
+def g() -> "dict[str, Any]": ...
+def h(*, x: Tree): ...
+def _hidden(x: Any): ...
+def good(x: object) -> "Sequence[int]": ...
+class A:
+    def __call__(self, **x: Any): ...
+    def _hidden(self, x: Any): ...
+class _B:
+    def method(self, x: Any): ...
+"""
+    assert _public_anys(ast.parse(source)) == ["f", "g", "h", "A.__call__"]
+
+
+def _any_names(module: ast.Module) -> set[str]:
     names = {"Any"}
     for node in module.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in names:
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _anys(module: ast.Module) -> int:
+    names = _any_names(module)
     return sum(isinstance(node, ast.Name) and node.id in names for node in ast.walk(module))
+
+
+def _public_anys(module: ast.Module) -> list[str]:
+    """Functions, and methods of classes, that others may call and whose arguments or result are annotated with Any."""
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    functions = [("", node) for node in module.body] + [(f"{owner.name}.", x) for owner in classes for x in owner.body]
+    return [
+        prefix + node.name
+        for prefix, node in functions
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (not node.name.startswith("_") or node.name.endswith("__"))
+        and any(_said(hint) & _any_names(module) for hint in _hints(node))
+    ]
+
+
+def _hints(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.expr]:
+    own = function.args
+    arguments = [*own.posonlyargs, *own.args, *own.kwonlyargs, *filter(None, (own.vararg, own.kwarg))]
+    return [hint for hint in (*(argument.annotation for argument in arguments), function.returns) if hint]
+
+
+def _said(hint: ast.expr) -> set[str]:
+    """The names in an annotation, also where it is written as a string."""
+    texts = [x.value for x in ast.walk(hint) if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+    return _names(hint) | {word for text in texts for word in re.findall(r"\w+", text)}

@@ -1,7 +1,5 @@
 """What every distillation config has in common. The values are Self-Forcing-Plus's recipe for step distillation."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from x2v_jax.config.training import training_config
@@ -56,7 +54,7 @@ def dmd_config(run_dir: str, *, guidance_scale: float = 6.0) -> ConfigDict:
     return config
 
 
-def on_shapes(config: ConfigDict, **changes: Any) -> ConfigDict:
+def on_shapes(config: ConfigDict, **changes: object) -> ConfigDict:
     """The same on the tiny world: its sizes, its captions, float32, and an evaluation that counts what is right."""
     config.update(
         {

@@ -55,7 +55,7 @@ class HelpAsked(Exception):
     """--help was given."""
 
 
-def make_config(keys: Iterable[Key], **values: Any) -> ml_collections.ConfigDict:
+def make_config(keys: Iterable[Key], **values: object) -> ml_collections.ConfigDict:
     """A locked config with the given keys; `values` replace defaults."""
     config = ml_collections.ConfigDict()
     for key in keys:
@@ -117,7 +117,7 @@ def parse(
     return CommandLine(config, file, overrides, found, is_shipped=file is None or is_shipped(file))
 
 
-def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+def set_key(config: ml_collections.ConfigDict, name: str, value: object) -> None:
     """config.name = value, for dotted names too. Lists become tuples where the key is one.
 
     Raises:
@@ -135,7 +135,7 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     holder[last] = value
 
 
-def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> Any:
+def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> object:
     """A command line's text as a value of the key's type.
 
     Raises:

@@ -4,8 +4,6 @@ A config file has a function get_config() that returns inference_config(KEY=VALU
 On the command line a key's underscores may be dots: --config.rollout.mode sets rollout_mode.
 """
 
-from typing import Any
-
 import ml_collections
 
 from x2v_jax import shipped
@@ -96,7 +94,7 @@ KEYS = (
 LENGTHS = ("num_frames", "seconds", "endless", "num_fragments")
 
 
-def inference_config(**values: Any) -> ml_collections.ConfigDict:
+def inference_config(**values: object) -> ml_collections.ConfigDict:
     """A locked config with the default of every key but those given.
 
     Raises:

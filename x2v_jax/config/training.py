@@ -1,7 +1,5 @@
 """What every training config has in common."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 
@@ -27,7 +25,7 @@ def training_config(task: str, run_dir: str) -> ConfigDict:
     )
 
 
-def phase(name: str, *, steps: int, learning_rate: float, batch_size: int, **settings: Any) -> ConfigDict:
+def phase(name: str, *, steps: int, learning_rate: float, batch_size: int, **settings: object) -> ConfigDict:
     """A stretch of training with an optimizer of its own: linear warm-up, plateau, linear decay."""
     defaults = {"warmup": 0, "decay_share": 0.0, "final_scale": 1.0}
     return ConfigDict(

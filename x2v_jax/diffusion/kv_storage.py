@@ -5,7 +5,6 @@ beside them. Every row of every head is scaled apart: what is written over one r
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ class EightBit:
 Stored = Array | EightBit
 
 
-def storage_dtypes(dtype: DTypeLike) -> tuple[Any, Any]:
+def storage_dtypes(dtype: DTypeLike) -> tuple[DTypeLike, DTypeLike]:
     """(dtype of keys, dtype of values) for a cache dtype: float32, bfloat16, float16, "int8" or "int8_e4m3".
 
     "int8_e4m3" is int8 keys and float8_e4m3fn values, which keep 3 bits of every number, large or small: it is for

@@ -109,7 +109,7 @@ class Components:
                 if name in self.networks:
                     self.networks[name].release()
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> contextlib.AbstractContextManager[object]:
         # On GPUs and TPUs float32 matmuls are rounded to fewer bits unless asked otherwise.
         is_exact = self.options.dtype == "float32"
         return jax.default_matmul_precision("highest") if is_exact else contextlib.nullcontext()

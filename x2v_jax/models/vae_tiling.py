@@ -6,7 +6,6 @@ and diffusers: tiles of 256 pixels, 64 of them shared with each neighbour).
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,12 @@ OVERLAP = 8  # latents: 64 pixels
 
 
 def decode_tiled(
-    decode: Callable[[Any], Any], latents: np.ndarray, *, stride: int = 8, tile: int = TILE, overlap: int = OVERLAP
+    decode: Callable[[np.ndarray], object],
+    latents: np.ndarray,
+    *,
+    stride: int = 8,
+    tile: int = TILE,
+    overlap: int = OVERLAP,
 ) -> np.ndarray:
     """Decodes tile by tile and blends the seams; on the host, float32.
 

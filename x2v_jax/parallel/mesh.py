@@ -6,11 +6,12 @@ arXiv:1910.02054, stage 3; Xu et al., arXiv:2105.04663).
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from x2v_jax.errors import UserError
 
@@ -68,17 +69,17 @@ def spec_of(shape: tuple[int, ...], devices: int, min_size: int = _MIN_SIZE) -> 
     return PartitionSpec(*(AXIS if axis == longest else None for axis in range(longest + 1)))
 
 
-def tree_shardings(tree: object, mesh: Mesh) -> Any:
+def tree_shardings(tree: object, mesh: Mesh) -> PyTree[NamedSharding]:
     """The sharding of every leaf. Parameters, the state of their optimizer and their average follow one rule."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh.devices, spec_of(leaf.shape, mesh.size)), tree)
 
 
-def place_tree(tree: object, mesh: Mesh) -> Any:
+def place_tree(tree: object, mesh: Mesh) -> PyTree[Array]:
     """Puts a tree of arrays on the devices by `tree_shardings`."""
     return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
-def place_batch(batch: object, mesh: Mesh) -> Any:
+def place_batch(batch: object, mesh: Mesh) -> PyTree[Array]:
     """Splits every leaf of a batch along its first axis over the devices. With many processes each has read the whole
     batch and puts the part of its own devices there."""
     sharding = mesh.sharding(AXIS)

@@ -74,7 +74,7 @@ class Description:
     memory: Mapping[str, int]
     memory_at: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from types import TracebackType
 from typing import Any, Self
 
 import ml_dtypes
@@ -104,8 +105,10 @@ class LoraWriter:
         self._writer.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._writer.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
 
     def write_pair(self, key: str, down: np.ndarray, up: np.ndarray) -> None:
         """Writes one pair.

@@ -15,7 +15,7 @@ are left alone.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from x2v_jax.checkpoint.names.wan import Shape
@@ -51,7 +51,7 @@ def smoothing_shapes(config: Any) -> dict[str, Shape]:
     return {group.stored: (config.num_layers, config.dim) for group in GROUPS.values()}
 
 
-def is_smoothed(names: Any) -> bool:
+def is_smoothed(names: Container[str]) -> bool:
     """Whether the network of these parameter names multiplies its modulation by factors."""
     return GROUPS["self_attn.q"].stored in names
 

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 from x2v_jax.errors import UserError, is_number
 from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, CausalSchedule
 
 
-def check_schedule_field(name: str, value: Any, default: Any, where: str = "--schedule") -> None:
+def check_schedule_field(name: str, value: object, default: object, where: str = "--schedule") -> None:
     """Raises a UserError when a schedule's field has a value that it cannot have."""
     if name == "denoising_step_list":
         good = value is None or (isinstance(value, list) and _is_step_list(value))
@@ -48,14 +48,13 @@ def _is_causal_schedule(value: object) -> bool:
     return all(good[name](v) for name, v in value.items())
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_step_list(values: list[Any]) -> bool:
-    if not values or not all(is_number(value) and 0 < value <= 1000 for value in values):
-        return False
-    return all(a > b for a, b in itertools.pairwise(values))
+def _is_step_list(values: list[object]) -> bool:
+    steps = [value for value in values if is_number(value) and 0 < value <= 1000]
+    return bool(steps) and len(steps) == len(values) and all(a > b for a, b in itertools.pairwise(steps))
 
 
 _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_size")
@@ -64,7 +63,7 @@ _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_siz
 _LISTS = {"patch_size": int, "dim_mult": int, "temporal_downsample": bool, "latents_mean": float, "latents_std": float}
 
 
-def check_sizes(component: str, said: Mapping[str, Any], config: Mapping[str, object]) -> None:
+def check_sizes(component: str, said: Mapping[str, object], config: Mapping[str, object]) -> None:
     """Refuses, say, a text where a number belongs, which would otherwise surface as an error far from the file.
 
     Args:
@@ -85,13 +84,13 @@ def check_sizes(component: str, said: Mapping[str, Any], config: Mapping[str, ob
             raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
 
 
-def _is_a(kind: type, value: object) -> bool:
+def _is_a[T](kind: type[T], value: object) -> TypeGuard[T]:
     if kind in (bool, str):
         return isinstance(value, kind)
     return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
 
 
-def check_quantization(file: pathlib.Path, entries: Any) -> None:
+def check_quantization(file: pathlib.Path, entries: object) -> None:
     """Raises a UserError when model.json says of a network that it is 8-bit in a way that is not run."""
     if entries is None:
         return

@@ -165,7 +165,7 @@ def write_component(
     smoothed: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
     shard_bytes: int = SHARD_BYTES,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Writes the tensors of one component, in the order given, and returns its entry for model.json.
 
     A shard takes tensors in order until it is full. A tensor is never split: one above the limit has its own shard.
@@ -316,7 +316,7 @@ def save_native(
         )
 
 
-def copy_tokenizer(file: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+def copy_tokenizer(file: pathlib.Path, folder: pathlib.Path) -> dict[str, object]:
     """Copies a tokenizer.json into a checkpoint and returns its entry for model.json."""
     try:
         shutil.copyfile(file, folder / TOKENIZER_FILE)

@@ -6,11 +6,12 @@ a scale of its own, with the softmax scale and log2(e) in it; 128 keys of a head
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from x2v_jax.ops.attention.hopper_config import EIGHT_BIT_VALUES, SCALE_BLOCK, Precision
@@ -45,7 +46,7 @@ class Quantized(NamedTuple):
     mean_score: Float[Array, "b h lq"]
 
 
-def query_dtype(precision: Precision) -> Any:
+def query_dtype(precision: Precision) -> DTypeLike:
     """What queries and keys are multiplied in. precision: not "full"."""
     return jnp.int8 if precision in ("int8", "int8_e4m3") else jnp.float8_e4m3fn
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 from jax.typing import DTypeLike
@@ -65,8 +65,8 @@ def xla_product(implementation: Implementation, dtype: DTypeLike) -> bool:
 def proved(
     op: str,
     precision: str,
-    ours: Callable[[], Any],
-    reference: Callable[[], Any],
+    ours: Callable[[], object],
+    reference: Callable[[], object],
     allowed: float,
     instead: str = "XLA",
 ) -> bool:

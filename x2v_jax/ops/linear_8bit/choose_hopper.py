@@ -40,7 +40,13 @@ class _Kernel:
 
 
 def matmul_config(
-    x: QuantizedRows, weight: Array, bias: Any, activation: Activation, gate: Any, residual: Any, out_dtype: DTypeLike
+    x: QuantizedRows,
+    weight: Array,
+    bias: Array | None,
+    activation: Activation,
+    gate: Array | None,
+    residual: Array | None,
+    out_dtype: DTypeLike,
 ) -> MatmulConfig | None:
     """The tiles; None where the kernel does not take the arguments, or failed its self-check on this device."""
     out = jnp.dtype(out_dtype)
