@@ -1,10 +1,11 @@
-"""Documents: links lead somewhere, the example shown is the example run."""
+"""Documents: links lead somewhere, the example shown is the example run, the table of rooms is that of the imports."""
 
 import pathlib
 import re
 import sys
 
 import pytest
+from test_structure import LAYERS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -28,3 +29,22 @@ def test_commands_of_documents_are_found():
 
     assert blocks("text\n```bash run\na\nb\n```\n```bash\nc\n```\n") == ["a\nb\n"]
     assert any(blocks(document.read_text()) for document in DOCUMENTS)
+
+
+def test_the_table_of_rooms_is_that_of_the_imports():
+    rows = re.findall(r"^\| `(\w+(?:\.\w+)?)` \| .+ \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [room for room, _ in rows] == [layer or "x2v_jax" for layer in LAYERS]
+    programs = ("convert", "infer", "train", "benchmarks", "tools")  # these may touch the whole library
+    for room, touched in rows:
+        layer = "" if room == "x2v_jax" else room
+        if layer in programs:
+            assert touched.startswith("the library, ")
+            continue
+        names = {name for group in re.findall(r"`([\w.{},]+)`", touched) for name in _expanded(group)}
+        assert names == set(LAYERS[layer]) - {"errors"}, f"CONTRIBUTING.md's line of {room}"
+
+
+def _expanded(text: str) -> list[str]:
+    """a.{b,c} -> a.b, a.c"""
+    match = re.fullmatch(r"(.*)\{(.*)\}", text)
+    return [match[1] + name for name in match[2].split(",")] if match else [text]
