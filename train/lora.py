@@ -3,7 +3,7 @@
     W' = stop_gradient(W) + alpha / rank * down @ up,   W, W' [in, out], down [in, rank], up [rank, out]
 
 `up` begins at zero, so that training begins at the base model. Source: Hu et al., "LoRA" (2021), with peft's
-initialisation of `down`. `checkpoint.lora_writer.write_lora` writes the result for other programs.
+initialisation of `down`. `checkpoint.lora.write.write_lora` writes the result for other programs.
 """
 
 import dataclasses

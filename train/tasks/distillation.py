@@ -28,12 +28,27 @@ from ..rollouts import BlockByBlock, Rollout, WholeVideo
 
 
 class Distillation:
-    """Base of the tasks that make a few-step student from a teacher.
+    """Base of the tasks that make a student of few steps from a teacher of many.
 
-    Config: teacher, student (native checkpoints; an empty student is the teacher), student_schedule
-    (denoising_step_list, shift, warp_denoising_step), causal (block, context_timestep, mode; empty for a student that
-    makes whole videos), data (see `train.data.sources`), size (height, width, num_frames), lora (rank, alpha, targets;
-    empty to train all weights), dtype, teacher_dtype, remat.
+    Fields of the config; `x2v_jax.config.distillation` has their defaults:
+
+    teacher: a native checkpoint.
+    student: the native checkpoint that the student starts from; empty: the teacher.
+    student_schedule: how the student is sampled.
+        denoising_step_list: its timesteps, falling from at most 1000.
+        shift: moves the noise levels towards noise.
+        warp_denoising_step: whether the list is still to be shifted.
+    causal: for a student that works block by block; empty: it makes whole videos.
+        block: latent frames of a block.
+        context_timestep: the timestep at which later blocks see a finished one.
+        mode: what the student does past its window: "full", "sliding" or "fragments".
+    data: what is learnt from; see `train.data.open_source`.
+    size: height and width in pixels, and num_frames, of the videos.
+    lora: rank, alpha and targets of the pairs that are trained; empty: all weights are.
+    dtype: of the student's matmuls. Its trained weights are float32.
+    teacher_dtype: of the teacher's weights and matmuls.
+    remat: what gradients keep of a block of the network: "none" (all of it), "attention" or "block" (its input alone).
+    export_dtype: of the weights that are written.
     """
 
     roles: Sequence[str] = ("generator",)

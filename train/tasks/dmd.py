@@ -29,12 +29,25 @@ _Answer = tuple[jax.Array, Params, dict[str, jax.Array]]
 
 
 class DmdTask(Distillation):
-    """Roles: generator (the student), critic (the fake score, which begins as the teacher). The teacher is frozen.
+    """Teaches a student of few steps by comparing how a teacher and a critic would denoise its videos.
 
-    Config, besides `Distillation`'s: dmd (fields of DmdSettings, or guidance_scale in Self-Forcing's form),
-    generator_every (critic updates to one of the generator), continuation (pairs: trajectories whose ends a causal
-    student goes on from, 1 to max_blocks of their blocks, in a share of a phase's steps: its continuation_share;
-    in the own_share of these it goes on from a chain of 1 to own_most continuations of its own).
+    Two networks are trained: the generator, which is the student, and the critic, which begins as the teacher and
+    follows what the student makes. The teacher stays as it is.
+
+    Fields of the config, besides those of `Distillation`:
+
+    dmd: the loss; fields of `DmdSettings`, or `guidance_scale` as Self-Forcing's configs have it.
+    generator_every: the generator is updated once in so many updates of the critic.
+    share_batches: whether both learn from the same rows.
+    continuation: what a causal student goes on from.
+        pairs: a folder that the task ode_pairs made: the ends of its videos are what comes before.
+        max_blocks: how many blocks come before, at most.
+
+    Fields of a phase:
+
+    continuation_share: the share of steps in which the student goes on from a video instead of starting one.
+    own_share: the share of these in which that video is the student's own.
+    own_most: it goes on from a chain of 1 to so many videos of its own.
     """
 
     roles = ("generator", "critic")

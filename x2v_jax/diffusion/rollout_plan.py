@@ -37,20 +37,17 @@ class BlockStep(NamedTuple):
 class RolloutPlan:
     """How a causal model goes from block to block. Counts are of latent frames.
 
-    Attributes:
-        sigmas: falling noise levels that each block is denoised at, from `schedules.step_sigmas`.
-        block: frames made together.
-        mode: "full": every block sees all before it, up to `window` frames and no farther. "sliding": endless, a block
-            sees the sink and the latest frames. "fragments": endless, after `window` frames cache and positions start
-            again from the last block (CausVid).
-        window: frames in the cache, the block that is being made included.
-        sink: "sliding" only: so many first frames stay visible.
-        positions: "sliding" with a sink only: whether the sink keeps its position, and with it a distance that grows
-            beyond what was trained ("absolute", as published), or follows the window ("relative").
-        context_timestep: after its last step the cache is updated by one more pass over the block at this timestep, so
-            that later blocks see it clean. No noise is added, at no timestep. None: the keys of the last step stay,
-            noisy as they are (LightX2V).
-        independent_first_frame: frame 0 is a block of its own.
+    sigmas: the noise levels of each block's steps, falling; `schedules.step_sigmas` gives them.
+    block: frames that are made together.
+    mode: what happens past the window. "full": the video ends. "sliding": it has no end, and the oldest frames are
+        forgotten. "fragments" (CausVid): it has no end, and starts again from its last block.
+    window: frames in the cache at most, those of the present block included.
+    sink: so many first frames are never forgotten ("sliding" only).
+    positions: of the sink. "relative": it moves with the window. "absolute" (as published): it stays at the start, and
+        its distance grows beyond what was trained.
+    context_timestep: the timestep at which later blocks see a finished one; one more pass writes it to the cache, and
+        no noise is added. None (LightX2V): they see it as its last step left it, noisy.
+    independent_first_frame: whether the first frame is a block of its own.
     """
 
     sigmas: tuple[float, ...]

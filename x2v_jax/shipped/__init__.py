@@ -11,7 +11,7 @@ import types
 
 from x2v_jax.errors import UserError
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 _HERE = pathlib.Path(__file__).resolve().parent
 IS_INSTALLED = (_HERE / "configs").is_dir()  # from a wheel; False in a clone, which is used where it lies
