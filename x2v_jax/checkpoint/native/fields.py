@@ -79,7 +79,7 @@ def check_sizes(component: str, said: Mapping[str, object], config: Mapping[str,
                 "a text" if name[0] == "m" else "a number",
             )
         else:
-            good, kind = _is_a(int, value) and value > 0, "a whole number above 0"
+            good, kind = isinstance(value, int) and _is_a(int, value) and value > 0, "a whole number above 0"
         if not good:
             raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
 
