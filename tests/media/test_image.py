@@ -165,7 +165,7 @@ KINDS = {
     "sizes.ico": ("RGBA", {"sizes": [(16, 16), (32, 32)]}),
     "wavelets.jp2": ("RGB", {}),
     "gamma.png": ("RGB", {"pnginfo": _gamma()}),
-    "words.png": ("RGB", {"pnginfo": _png_text(mode="L", shape="x", Orientation="6", transparency="1", gamma="9")}),
+    "words.png": ("RGB", {"pnginfo": _png_text(mode="L", shape="x", Orientation="6", gamma="9")}),
     "no-exif.png": ("RGB", {"exif": b"Exif\x00\x00rubbish!"}),
     "no-exif.jpg": ("RGB", {"exif": b"Exif\x00\x00rubbish!"}),
     "moves.png": ("RGBA", {"save_all": True, "append_images": [Image.new("RGBA", (32, 40))]}),
