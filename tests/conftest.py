@@ -16,10 +16,15 @@ import type_checks  # noqa: E402 - jax reads the environment when it is imported
 
 type_checks.install()
 
-# Test modules whose arrays may broadcast to another rank, and why. The dtypes of all are strict.
+# Test modules whose arrays may broadcast to another rank, and why.
 RANK_PROMOTION_ALLOWED = {
     "test_reference": "the stand-ins for networks in the recorded cases add vectors of channels to latents",
     "test_linear_8bit": "the layers that it compares with are written as NumPy would write them",
+}
+# Rooms of tests in which neither promotion is refused, and why.
+PROMOTION_ALLOWED = {
+    "train": "the trainers' own arithmetic has not been gone through",
+    "benchmarks": "measuring programs do not ship, and have not been gone through",
 }
 
 
@@ -28,8 +33,10 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """No array changes its dtype or its rank because another one has a different one."""
     import jax
 
-    ranks = "allow" if request.module.__name__ in RANK_PROMOTION_ALLOWED else "raise"
-    settings = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": ranks}
+    is_allowed = any(f"tests/{room}/" in request.path.as_posix() for room in PROMOTION_ALLOWED)
+    ranks = "allow" if is_allowed or request.module.__name__ in RANK_PROMOTION_ALLOWED else "raise"
+    dtypes = "standard" if is_allowed else "strict"
+    settings = {"jax_numpy_dtype_promotion": dtypes, "jax_numpy_rank_promotion": ranks}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -136,9 +136,9 @@ def test_keys_of_a_block_share_a_scale_and_tokens_do_not():
     parts = quantize(q, k, v, scale=0.5, precision="int8")
     assert parts.q_scale.shape == (1, 2, 5) and parts.k_scale.shape == (1, 2, 3)
     assert int(jnp.abs(parts.k[:, :128].astype(jnp.int32)).max()) == 127
-    back = parts.k[:, 256:] * parts.k_scale[:, None, :, 2, None]
+    back = parts.k[:, 256:].astype(jnp.float32) * parts.k_scale[:, None, :, 2, None]
     np.testing.assert_allclose(back, (k - k.mean(1, keepdims=True))[:, 256:], atol=float(parts.k_scale.max()) * 0.51)
-    back = parts.q * parts.q_scale.swapaxes(1, 2)[..., None] / (0.5 * np.log2(np.e))
+    back = parts.q.astype(jnp.float32) * parts.q_scale.swapaxes(1, 2)[..., None] / (0.5 * np.log2(np.e))
     np.testing.assert_allclose(back, q, atol=float(jnp.abs(q).max()) / 250)
 
 
