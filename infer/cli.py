@@ -119,7 +119,7 @@ def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> 
     from tqdm import tqdm
 
     # disable=None: no bar where the output is not a terminal. The steps run one by one all the same.
-    with tqdm(total=job.request.num_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
+    with tqdm(total=job.request.num_inference_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
 
         def on_step(step: int, count: int, latents: Any) -> None:
             bar.update()

@@ -45,10 +45,10 @@ def announce(pipeline: "Pipeline", settings: Settings) -> None:
     plan, (_, height, width) = pipeline.plan(request), pipeline.output_size(request)
     frames = "endless" if request.endless else f"{request.num_frames} frames of"
     if isinstance(request.plan, WholePlan):
-        making = f"{request.num_steps} steps, guidance {request.guidance_scale:g}"
+        making = f"{request.num_inference_steps} steps, guidance {request.guidance_scale:g}"
     else:
         making = (
-            f"{request.num_steps} steps for each block of {request.plan.block} latent frames, "
+            f"{request.num_inference_steps} steps for each block of {request.plan.block} latent frames, "
             f"{request.plan.mode} window of {request.plan.window}"
         )
     on_host = f" and {plan.host / 1e9:.1f} GB of the host's" if plan.host else ""

@@ -136,7 +136,7 @@ def first_frame_psnr(videos: Any, frames: Any) -> dict[str, float]:
 
 def network_calls(request: ResolvedRequest, schedule: Any) -> str:
     """How often the transformer is evaluated for a video, in words."""
-    steps = request.num_steps
+    steps = request.num_inference_steps
     if schedule.causal is not None:
         clean = " + 1" if schedule.causal.context_timestep is not None else ""
         return f"{steps}{clean} network calls a block"

@@ -127,7 +127,7 @@ class ShapesModel:
 
         def sample(params: Params, keys: jax.Array, conditions: Conditions, negative: jax.Array) -> jax.Array:
             batch = Batch(conditions, jnp.arange(len(keys)))
-            return rollout.videos(params, batch, keys, jnp.int32(request.num_steps - 1))
+            return rollout.videos(params, batch, keys, jnp.int32(request.num_inference_steps - 1))
 
         return sample
 

@@ -94,7 +94,7 @@ class ResolvedRequest:
         return self.completed.uses_guidance
 
     @property
-    def num_steps(self) -> int:
+    def num_inference_steps(self) -> int:
         """Denoising steps, of the video or of each block."""
         return len(self.plan.sigmas)
 
@@ -129,7 +129,7 @@ class ResolvedRequest:
         if isinstance(self.plan, RolloutPlan):
             self.block_inputs(self.plan)
         else:
-            self.inputs.noise(shape, self.num_steps if self.plan.sampler == "step_distill" else None)
+            self.inputs.noise(shape, self.num_inference_steps if self.plan.sampler == "step_distill" else None)
 
 
 def resolve(
