@@ -12,7 +12,8 @@ _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import type_checks  # noqa: E402 - jax reads the environment when it is imported
+import jax  # noqa: E402 - it reads the environment when it is imported
+import type_checks  # noqa: E402
 
 type_checks.install()
 
@@ -28,21 +29,22 @@ PROMOTION_ALLOWED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No array changes its dtype or its rank because another one has a different one."""
-    import jax
+# Strict from the start and not test by test: programs are kept by these settings, and fixtures compile some too.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No array changes its dtype or its rank because another one has a different one, but where the tables allow it."""
     is_allowed = any(f"tests/{room}/" in request.path.as_posix() for room in PROMOTION_ALLOWED)
-    ranks = "allow" if is_allowed or request.module.__name__ in RANK_PROMOTION_ALLOWED else "raise"
-    dtypes = "standard" if is_allowed else "strict"
-    settings = {"jax_numpy_dtype_promotion": dtypes, "jax_numpy_rank_promotion": ranks}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    if is_allowed:
+        jax.config.update("jax_numpy_dtype_promotion", "standard")
+    if is_allowed or request.path.stem in RANK_PROMOTION_ALLOWED:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

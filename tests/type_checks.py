@@ -12,7 +12,8 @@ from jaxtyping import install_import_hook
 _CONFIG = BeartypeConf(is_pep484_tower=True)
 # What these hold is what a user wrote; they say themselves, in a sentence, what is wrong with it.
 CHECKED_IN_SENTENCES = {
-    "Request.__init__", "RunOptions.__init__", "RolloutPlan.__init__", "CausalPattern.__init__", "step_sigmas", "check_shift", "unipc_schedule",
+    "Request.__init__", "RunOptions.__init__", "RolloutPlan.__init__",
+    "SafetensorsWriter.__init__", "write_torch_file", "step_sigmas", "check_shift", "unipc_schedule",
 }  # fmt: skip
 # Trees, which jax also builds of shapes, shardings and placeholders: they are checked where they hold arrays.
 TREES = {"KVCache.__init__", "EightBit.__init__"}

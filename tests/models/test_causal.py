@@ -132,6 +132,7 @@ def test_key_length_leaves_out_the_keys_behind_it(length: int):
         ({"block": True}, "block is True"),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_patterns_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         CausalPattern(**fields)

@@ -192,8 +192,8 @@ class WanModel(nnx.Module):
         latents: Float[Array, "b f h w c"],
         timestep: Float[Array, "b *f"],
         context: CrossKeys,
-        keys: Float[Array, "n b t h d"],
-        values: Float[Array, "n b t h d"],
+        keys: Float[Array, "n b t heads head_dim"],
+        values: Float[Array, "n b t heads head_dim"],
         start_frame: Int[Array, ""],
         rows: Int[Array, ""],
     ) -> Float[Array, "b f h w o"]:

@@ -181,6 +181,7 @@ def run_writer(folder: pathlib.Path, body: str, **options) -> "subprocess.Popen[
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:os.fork")  # preexec_fn forks
 def test_a_real_limit_on_the_size_of_files_is_reported(tmp_path):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
