@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402 - it reads the environment when it is imported
+import jaxtyping  # noqa: E402
 import type_checks  # noqa: E402
 
 type_checks.install()
@@ -22,8 +23,8 @@ RANK_PROMOTION_ALLOWED = {
     "test_reference": "the stand-ins for networks in the recorded cases add vectors of channels to latents",
     "test_linear_8bit": "the layers that it compares with are written as NumPy would write them",
 }
-# Rooms of tests in which neither promotion is refused, and why.
-PROMOTION_ALLOWED = {
+# Rooms of tests in which neither promotion, warnings nor types are refused yet, and why.
+GUARDS_OFF = {
     "train": "the trainers' own arithmetic has not been gone through",
     "benchmarks": "measuring programs do not ship, and have not been gone through",
 }
@@ -37,21 +38,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="module")
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """No array changes its dtype or its rank because another one has a different one, but where the tables allow it."""
-    is_allowed = any(f"tests/{room}/" in request.path.as_posix() for room in PROMOTION_ALLOWED)
+    is_allowed = any(f"tests/{room}/" in request.path.as_posix() for room in GUARDS_OFF)
     if is_allowed:
         jax.config.update("jax_numpy_dtype_promotion", "standard")
+        jaxtyping.config.update("jaxtyping_disable", True)
     if is_allowed or request.path.stem in RANK_PROMOTION_ALLOWED:
         jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
+    jaxtyping.config.update("jaxtyping_disable", False)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(f"tests/{room}/" in item.path.as_posix() for room in GUARDS_OFF):
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.fixture
 def without_type_checks() -> Iterator[None]:
     """For a test of what the library itself says to arguments that its annotations forbid."""
-    import jaxtyping
-
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
