@@ -123,6 +123,7 @@ def test_misuse_of_the_writer_raises_and_leaves_nothing(tmp_path, use, words):
         ({}, {"a": 1}),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_what_the_format_cannot_hold_is_refused(tmp_path, specs, metadata):
     with pytest.raises(ValueError, match=r"stored|strings"):
         SafetensorsWriter(tmp_path / "a.safetensors", specs, metadata)
