@@ -17,12 +17,11 @@ def load_tensors(tensors: Mapping[str, LazyTensor], targets: "Mapping[str, jax.S
 
     Args:
         tensors: by flat name.
-        targets: of each its type on the device and, where it is not the first device's own memory, its sharding. Each
-            process reads only the slices that its devices hold.
+        targets: of each its type on the device and its sharding, of which each process reads only the slices that its
+            devices hold; without one it goes to the first device, uncommitted, as what is computed there is.
     """
     import jax
 
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *parents, leaf = name.split(".")
@@ -32,9 +31,12 @@ def load_tensors(tensors: Mapping[str, LazyTensor], targets: "Mapping[str, jax.S
         target = targets[name]
         values, dtype = tensor.read(), np.dtype(target.dtype)
         # Cast on the host, so that no device holds a weight twice; waited for, so that the host holds one at a time.
+        if target.sharding is None:
+            node[leaf] = jax.device_put(np.ascontiguousarray(cast(values, dtype))).block_until_ready()
+            continue
         node[leaf] = jax.make_array_from_callback(
             tensor.shape,
-            target.sharding or first,
+            target.sharding,
             lambda index, values=values, dtype=dtype: np.ascontiguousarray(cast(values[index], dtype)),
         ).block_until_ready()
     return tree

@@ -242,11 +242,12 @@ class NativeCheckpoint:
         if not quantized:
             self.require_floats(component)
         converted = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tensors, scales = self.tensors(component), self._scales(component)
         targets = {}
         for name, tensor in tensors.items():
             stays = not is_float(tensor.dtype) or tensor.dtype.name in QUANTIZATIONS or name in scales
-            own = sharding.get(name) if isinstance(sharding, Mapping) else sharding
+            own = sharding.get(name, first) if isinstance(sharding, Mapping) else sharding or first
             kept_as = tensor.dtype if stays or converted is None else converted
             targets[name] = jax.ShapeDtypeStruct(tensor.shape, kept_as, sharding=own)
         return load_tensors(tensors, targets)
