@@ -44,7 +44,8 @@ class Result:
     latents: float32 [f, h, w, C], as they were before the VAE.
     request: as it was decided, with the seed that was drawn.
     seconds: wall time of "load", "text", "image", "denoise" and "vae"; the first call of a size includes compiling.
-    memory_plan: predicted bytes. peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
+    memory_plan: predicted bytes.
+    peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
     """
 
     frames: Frames

@@ -40,7 +40,8 @@ Given = Float[Array, "1 f h w c"]
 class Block:
     """A piece of a video, in order.
 
-    frames: uint8 [f, H, W, 3]. latents: float32 [f, h, w, C] of these frames, as they were before the VAE.
+    frames: uint8 [f, H, W, 3].
+    latents: float32 [f, h, w, C] of these frames, as they were before the VAE.
     index: from 0, in this video.
     seconds: the device's time for "denoise" and "vae"; in the first block compiling is part of it, and what came before
         is there too: "load", "text", "image".
