@@ -37,7 +37,8 @@ def _paragraph(text: str) -> str:
     in_field = False
     for line in text.splitlines():
         field = _FIELD.match(line)
-        if field and (in_field or not field[1]):
+        # One that is indented belongs to the field above it, unless a sentence of that one only happens to break there.
+        if field and (not field[1] or (in_field and lines[-1].endswith("."))):
             if lines and not in_field:
                 lines.append("")
             in_field = True
