@@ -26,6 +26,7 @@ RANK_PROMOTION_ALLOWED = {
 # Rooms of tests in which neither promotion, warnings nor types are refused yet, and why.
 GUARDS_OFF = {
     "train": "the trainers' own arithmetic has not been gone through",
+    "test_old_files.py": "it resumes a training run, and Optax raises a float to an int32 step",
     "benchmarks": "measuring programs do not ship, and have not been gone through",
 }
 
@@ -38,7 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="module")
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """No array changes its dtype or its rank because another one has a different one, but where the tables allow it."""
-    is_allowed = any(f"tests/{room}/" in request.path.as_posix() for room in GUARDS_OFF)
+    is_allowed = any(f"/tests/{room}" in request.path.as_posix() for room in GUARDS_OFF)
     if is_allowed:
         jax.config.update("jax_numpy_dtype_promotion", "standard")
         jaxtyping.config.update("jaxtyping_disable", True)
@@ -52,7 +53,7 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(f"tests/{room}/" in item.path.as_posix() for room in GUARDS_OFF):
+        if any(f"/tests/{room}" in item.path.as_posix() for room in GUARDS_OFF):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
