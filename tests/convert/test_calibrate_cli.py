@@ -122,9 +122,9 @@ def test_images_are_a_picture_a_folder_or_a_list(tmp_path, prompts, pictures):
     with mock.patch("convert.calibrate.record", side_effect=lambda c, requests, *rest: seen.append(requests) or {}):
         for path in (pictures / "b.png", pictures, pictures / "notes.txt"):
             calibrate(source, tmp_path / f"{path.stem}.safetensors", "--prompts", prompts, "--images", path)
-    names = [[pathlib.Path(request.image).name for request in requests] for requests in seen]
+    names = [[pathlib.Path(request.completed.image).name for request in requests] for requests in seen]
     assert names == [["b.png", "b.png"], ["a.png", "b.png"], ["b.png", "a.png"]]
-    assert [request.seed for request in seen[0]] == [0, 1] and seen[0][0].prompt == "a red circle moves left"
+    assert [request.completed.seed for request in seen[0]] == [0, 1] and seen[0][0].completed.prompt == "a red circle moves left"
 
 
 def test_the_places_are_those_that_the_blocks_name():

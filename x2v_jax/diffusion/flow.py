@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def add_noise(x0: Float[Array, "*s"], noise: Float[Array, "*s"], sigma: ArrayLike) -> Float[Array, "*s"]:
+def add_noise(x0: Float[Array, "*s"], noise: Float[ArrayLike, "*s"], sigma: ArrayLike) -> Float[Array, "*s"]:
     """x_t = (1 - sigma) * x0 + sigma * noise."""
     sigma = _along(sigma, x0)
     return (1.0 - sigma) * _f32(x0) + sigma * _f32(noise)
@@ -50,8 +50,8 @@ def guided_velocity(
     return unconditional + jnp.asarray(guidance_scale, jnp.float32) * (_f32(conditional) - unconditional)
 
 
-def _f32(x: Array) -> Array:
-    return x.astype(jnp.float32)
+def _f32(x: ArrayLike) -> Array:
+    return jnp.asarray(x, jnp.float32)
 
 
 def _along(sigma: ArrayLike, x: Array) -> Array:

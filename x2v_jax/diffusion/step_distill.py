@@ -30,7 +30,7 @@ def step(
     velocity: Float[Array, "*s"],
     sigma: ArrayLike,
     next_sigma: ArrayLike = 0.0,
-    noise: Float[Array, "*s"] | None = None,
+    noise: Float[ArrayLike, "*s"] | None = None,
 ) -> Float[Array, "*s"]:
     """One denoising step, in float32.
 
@@ -49,7 +49,7 @@ def evaluate(
     latents: Float[Array, "*s"],
     sigma: ArrayLike,
     next_sigma: ArrayLike,
-    noise: Float[Array, "*s"],
+    noise: Float[ArrayLike, "*s"],
 ) -> Float[Array, "*s"]:
     """`step` with the network's answer: velocity_fn(latents, timestep scalar) -> velocity."""
     velocity = velocity_fn(latents, jnp.asarray(timestep_from_sigma(sigma), jnp.float32))

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 # (place, layer, the largest magnitude of each channel [D], float32), in any order.
 Listener = Callable[[str, int, np.ndarray], None]
@@ -86,8 +87,8 @@ def _largest(x: Float[Array, "*b d"]) -> Float[Array, " d"]:
     return jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1))).astype(jnp.float32)
 
 
-def _tell(place: str, layer: np.ndarray, largest: np.ndarray) -> None:
+def _tell(place: str, layer: Int[ArrayLike, ""], largest: Float[ArrayLike, " d"]) -> None:
     # Programs may outlive the context in somebody's hands; they then speak to nobody.
     with _one_at_a_time:  # callbacks come on threads of jax
         if _listener is not None:
-            _listener(place, int(layer), np.asarray(largest, np.float32))
+            _listener(place, int(np.asarray(layer)), np.asarray(largest, np.float32))

@@ -38,6 +38,9 @@ def write_torch_file(path: str | os.PathLike[str], tensors: Mapping[str, ArrayLi
     Raises:
         UserError: an array has another dtype, a name is no string, or the file cannot be written.
     """
+    for name in tensors:
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may have no types
+            raise UserError(f"tensor name {name!r} must be a string.")
     members: list[tuple[str, object]] = [
         ("data.pkl", _pickle(tensors)),
         (".format_version", b"1"),
@@ -78,8 +81,6 @@ def _pickle(tensors: Mapping[str, object]) -> bytes:
     """The pickle of a dict that names storage i for the i-th tensor."""
     parts = [b"\x80\x02}("]
     for index, (name, value) in enumerate(tensors.items()):
-        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may have no types
-            raise UserError(f"tensor name {name!r} must be a string.")
         parts += [_string(name), _tensor(name, _lazy(value), str(index))]
     return b"".join([*parts, b"u."])
 

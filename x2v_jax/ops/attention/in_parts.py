@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from x2v_jax.ops.attention.api import Implementation, attention, attention_cudnn, takes_cudnn
@@ -79,8 +80,9 @@ def attention_in_parts(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fixed: dict[str, Any] = {"read": read, "rows": rows, "scale": factor}
 
-    def whole(q: Array, source: PyTree[Array | int], length: Array) -> Array:
+    def whole(q: Array, source: PyTree[Array | int], length: ArrayLike) -> Array:
         k, v = read(source, 0, rows, 0, q.shape[2])
+        length = jnp.asarray(length)  # a gradient gives a length that is known as NumPy's
         return attention(
             q, k, v, scale=factor, key_length=length, implementation=implementation, precision=precision
         )  # fmt: skip
