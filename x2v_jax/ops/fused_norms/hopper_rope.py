@@ -91,10 +91,10 @@ def rmsnorm_rope_hopper(
             scale, inverse = row_scales(absmax, dtype)
             inverse = lax.broadcast_in_dim(inverse, even.shape, [0])
             even, odd = round_to(even * inverse, dtype), round_to(odd * inverse, dtype)
-            scale_g[0][row] = scale
+            _store(scale_g[0].at[row], scale)
         else:
             even, odd = even.astype(dtype), odd.astype(dtype)
-        out_g[row] = _bits(even, word) | (_bits(odd, word) << (jnp.dtype(word).itemsize * 4))
+        _store(out_g.at[row], _bits(even, word) | (_bits(odd, word) << (jnp.dtype(word).itemsize * 4)))
 
     shapes = [jax.ShapeDtypeStruct((rows, heads, _PAIRS), word)]
     if quantized:
@@ -117,6 +117,13 @@ def rmsnorm_rope_hopper(
 def _load(ref: object, layout: object = _LAYOUT) -> Array:
     # "optimized" is for shared memory only.
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _store(ref: jax.Ref, value: Array) -> None:
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, where a plain store asks for whole sectors of 32 bytes
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def _bits(x: Array, word: DTypeLike) -> Array:
