@@ -6,6 +6,7 @@ from it by signed distances. Captions are written from a small grammar; a fifth 
 """
 
 import itertools
+import pathlib
 import zlib
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 SIZE = 64
 NUM_FRAMES = 33
@@ -31,6 +35,9 @@ _RADIUS = (9.0, 12.0)
 _PATH = (24.0, 38.0)
 _MARGIN = 1.0
 SMALL_BELOW, BIG_ABOVE = 9.8, 11.2  # radii below and above which a caption may say so
+
+TEXT_LEN = 16  # tokens of a caption
+_SPECIAL = ("<pad>", "</s>", "<unk>")  # the same ids as UMT5's special tokens
 
 
 class Scene(NamedTuple):
@@ -206,3 +213,19 @@ def vocabulary() -> list[str]:
     words |= {*COLOURS, *SHAPES, *_ARTICLES, *_VERBS, "small", "big"}
     words |= {w for ways in _WAYS.values() for way in ways for w in way.split()}
     return sorted(words)
+
+
+def make_tokenizer() -> Tokenizer:
+    """Word by word, in the file format that the full-size models use."""
+    words = [*_SPECIAL, *vocabulary()]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    punctuation = normalizers.Replace(Regex(r"[^\w\s]+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), punctuation])  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])  # pyright: ignore
+    return tokenizer
+
+
+def write_tokenizer(path: pathlib.Path) -> None:
+    """Writes tokenizer.json."""
+    make_tokenizer().save(str(path))
