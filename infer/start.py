@@ -28,7 +28,7 @@ def _set_up_jax(cache: str) -> None:
     # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from x2v_jax.generate.compiled_programs import use_cache
+        from x2v_jax.generate.programs import use_cache
 
         use_cache(cache)
 

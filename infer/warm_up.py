@@ -33,19 +33,19 @@ def run(settings: Settings, interrupts: Interrupts) -> None:
     pipeline = start.pipeline(settings)
     import jax
 
-    from x2v_jax.generate import compiled_programs
+    from x2v_jax.generate import programs
 
     usual, file = jax.config.jax_compilation_cache_dir, settings.config.compiled_programs
     if file:
-        compiled_programs.check_writable(file)
-    folder = compiled_programs.fresh_cache() if file else None
+        programs.check_writable(file)
+    folder = programs.fresh_cache() if file else None
     count = 0
     for request in _different(pipeline, settings):
         for name, seconds in pipeline.warm_up(request, watched=_is_watched(settings), on_start=_show):
             count += 1
             print(f"{_clear()}{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     if file and folder:
-        total = compiled_programs.save(file, folder, compiled_programs.identity(_config(pipeline, settings)))
+        total = programs.save(file, folder, programs.identity(_config(pipeline, settings)))
         megabytes = pathlib.Path(file).expanduser().stat().st_size / 1e6
         print(f"{file}: {total} programs, {megabytes:.1f} MB", flush=True)
         for entry in folder.iterdir() if usual else ():
@@ -60,12 +60,12 @@ def take_programs(pipeline: "Pipeline", settings: Settings) -> None:
         return
     import jax
 
-    from x2v_jax.generate import compiled_programs
+    from x2v_jax.generate import programs
 
     usual = jax.config.jax_compilation_cache_dir
-    folder = pathlib.Path(usual) if usual else compiled_programs.fresh_cache()
-    wanted = compiled_programs.identity(_config(pipeline, settings))
-    compiled_programs.install(settings.config.compiled_programs, folder, wanted)
+    folder = pathlib.Path(usual) if usual else programs.fresh_cache()
+    wanted = programs.identity(_config(pipeline, settings))
+    programs.install(settings.config.compiled_programs, folder, wanted)
 
 
 def _different(pipeline: "Pipeline", settings: Settings) -> list[ResolvedRequest]:
