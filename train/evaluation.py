@@ -16,8 +16,8 @@ from x2v_jax.models.functional import Params
 from .data.sources import Conditions, Source, encode
 from .shapes import world
 from .shapes.judge import score
-from .shapes.real_videos import first_frames as real_first_frames
 from .shapes.source import FirstFrameConditions, encode_frames
+from .shapes.world import first_frames as real_first_frames
 
 _AT_ONCE = 24
 _SHOWN = 12

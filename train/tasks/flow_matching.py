@@ -36,8 +36,7 @@ from ..shapes.latents import (
     encode_first_frames,
     encode_videos,
 )
-from ..shapes.real_videos import first_frames
-from ..shapes.world import TEXT_LEN, make_tokenizer, write_tokenizer
+from ..shapes.world import TEXT_LEN, first_frames, make_tokenizer, write_tokenizer
 
 
 class ImageBatch(NamedTuple):
