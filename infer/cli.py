@@ -12,7 +12,7 @@ from x2v_jax.cli.interrupts import Interrupts
 from x2v_jax.config import flags
 from x2v_jax.config.inference import KEYS
 
-from . import outputs, start, warm_up
+from . import outputs, start
 from .record import stream_video
 from .settings import Job, Settings, read_settings
 
@@ -79,13 +79,13 @@ def run(arguments: Sequence[str]) -> None:
     with Interrupts() as interrupts:
         line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
         settings = read_settings(line)
-        (warm_up.run if line.options.get("warmup") else _generate)(settings, interrupts)
+        (start.warm_up if line.options.get("warmup") else _generate)(settings, interrupts)
 
 
 def _generate(settings: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
-    pipeline = start.pipeline(settings)
-    warm_up.take_programs(pipeline, settings)
+    pipeline = start.make_pipeline(settings)
+    start.take_programs(pipeline, settings)
     start.announce(pipeline, settings)
     seconds = {"imports": time.perf_counter() - begin}
     is_causal = settings.checkpoint.schedule.causal is not None

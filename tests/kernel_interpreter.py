@@ -2,7 +2,7 @@
 
 The interpreter plays threads, shared memory, barriers and asynchronous copies on a CPU and detects races. Taught here:
 accumulators that live through `pl.run_state`, `accumulator[...] = value`, a wgmma whose first operand is in registers,
-and the one piece of code below Pallas that our kernels have, `hopper_repack.repack_registers`.
+and the one piece of code below Pallas that our kernels have, `hopper_products.repack_registers`.
 """
 
 import contextlib

@@ -31,7 +31,7 @@ UNTYPED = {
     "config/lightx2v": "read_json translate",
     "diffusion/image_condition": "image_condition pin_first_frame",
     "diffusion/rollout": "Rollout.__init__",
-    "generate/compiled_programs": "identity",
+    "generate/programs": "identity",
     "generate/components": "Components.network",
     "generate/network": "Network.jit Network.of",
     "generate/tokenizer": "Tokenizer.__init__",
@@ -43,7 +43,7 @@ UNTYPED = {
     "models/wan_blocks": "Block.__init__ Block.with_cache CrossAttention.__init__ Mlp.__init__ SelfAttention.__init__ "
     "SelfAttention.queries_keys_values SelfAttention.with_cache",
     "ops/attention/api": "attention",
-    "ops/attention/hopper_repack": "repack repack_registers",
+    "ops/attention/hopper_products": "repack repack_registers",
     "ops/attention/reference": "attention_reference",
     "ops/devices": "compute_capability cuda_device named",
     "ops/fused_norms/api": "rmsnorm_rope",

@@ -23,7 +23,7 @@ from train.prepare.__main__ import main as prepare
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.config.flags import load_config
-from x2v_jax.generate import compiled_programs
+from x2v_jax.generate import programs
 from x2v_jax.media.video import read_frames, read_metadata
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "v0_1"
@@ -130,9 +130,9 @@ def test_compiled_programs_are_taken_where_they_fit_and_refused_in_a_sentence_el
         manifest = json.loads(file.read("manifest.json"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compiled_programs.install("compiled_programs.zip", copies / "cache", manifest["made_for"])
+        assert programs.install("compiled_programs.zip", copies / "cache", manifest["made_for"])
     assert {path.name for path in (copies / "cache").iterdir()} == manifest["programs"].keys()
-    here = compiled_programs.identity(manifest["made_for"]["config"])
+    here = programs.identity(manifest["made_for"]["config"])
     with pytest.warns(UserWarning, match="was made for .*device cpu another and this is .*; everything is compiled"):
-        assert not compiled_programs.install("compiled_programs.zip", copies / "none", here)
+        assert not programs.install("compiled_programs.zip", copies / "none", here)
     assert not (copies / "none").exists()

@@ -1,7 +1,8 @@
-"""Training checkpoints: asynchronous, complete or absent, restored exactly (Orbax)."""
+"""Training checkpoints: asynchronous, complete or absent, restored exactly (Orbax). And how exports name each other."""
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -120,3 +121,8 @@ def claim_directory(directory: pathlib.Path, config: Mapping[str, Any], *, resum
 def _leaves(state: TrainState) -> dict[str, Any]:
     # Optimizer states are nested tuples with empty nodes; numbered leaves restore the same everywhere.
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def relative_reference(target: pathlib.Path, folder: pathlib.Path) -> str:
+    """The path of checkpoint `target` as seen from the checkpoint in `folder`: both can then be moved together."""
+    return os.path.relpath(target.resolve(), folder.resolve())

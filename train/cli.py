@@ -24,9 +24,9 @@ _TASKS = {
     "vae": ("vae", "VaeTask"),
     "flow_matching": ("flow_matching", "FlowMatchingTask"),
     "dmd": ("dmd", "DmdTask"),
-    "causvid": ("causvid", "CausVidTask"),
-    "ode_pairs": ("ode_pairs", "OdePairs"),
-    "ode_regression": ("ode_regression", "OdeRegressionTask"),
+    "causvid": ("dmd", "CausVidTask"),
+    "ode_pairs": ("ode", "OdePairs"),
+    "ode_regression": ("ode", "OdeRegressionTask"),
 }
 _MAKE_DATA = ("ode_pairs",)  # they write config.output and train nothing
 

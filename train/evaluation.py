@@ -9,16 +9,15 @@ import numpy as np
 
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.media.pixels import to_uint8
-from x2v_jax.media.video import write_video
+from x2v_jax.media.video import write_png, write_video
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params
 
 from .data.sources import Conditions, Source, encode
-from .pictures import save_grid
 from .shapes import world
 from .shapes.judge import score
-from .shapes.real_videos import first_frames as real_first_frames
 from .shapes.source import FirstFrameConditions, encode_frames
+from .shapes.world import first_frames as real_first_frames
 
 _AT_ONCE = 24
 _SHOWN = 12
@@ -72,6 +71,12 @@ def shapes_scores(videos: np.ndarray, prompts: Any, first_frames: np.ndarray | N
         error = np.square(videos[:, 0].astype(np.float64) - (first_frames / 127.5 - 1.0))
         results["first_frame_psnr"] = float(np.mean(10 * np.log10(4.0 / error.mean(axis=(1, 2, 3)))))
     return results
+
+
+def save_grid(path: pathlib.Path, videos: np.ndarray, every: int = 4) -> None:
+    """One row a video, every 4th frame a column. videos: [N, F, H, W, 3] in [-1, 1]."""
+    frames = to_uint8(np.asarray(videos))[:, ::every]
+    write_png(path, einops.rearrange(frames, "n f h w c -> (n h) (f w) c"))
 
 
 def _conditions(task: Student, prompts: Any, directory: pathlib.Path) -> tuple[Conditions, np.ndarray | None]:

@@ -20,10 +20,9 @@ from x2v_jax.models.functional import Params, parameter_count
 from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
 
 from .checkpoints import Checkpoints, claim_directory
-from .data.reading import read_ahead
+from .data.order import read_ahead
 from .logs import Log
-from .optimizers import learning_rate_schedule, make_optimizer
-from .state import Averaging, TrainState, init_state, make_update
+from .state import Averaging, TrainState, init_state, learning_rate_schedule, make_optimizer, make_update
 
 _MAX_SKIPPED_IN_A_ROW = 20
 

@@ -6,7 +6,6 @@ Videos whose frames are made all together: `Pipeline.generate`. Models that make
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,9 +26,9 @@ from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
 from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
 from x2v_jax.media import tensor_files
-from x2v_jax.memory import advice, device, need, predict
+from x2v_jax.memory import device, need, predict
 from x2v_jax.request.inputs import BlockInputs, InputFiles
-from x2v_jax.request.options import OptionFields, RunOptions
+from x2v_jax.request.options import OptionFields, RunOptions, show_fields
 from x2v_jax.request.request import Request, RequestFields
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
 
@@ -196,7 +195,7 @@ class Pipeline:
         """
         needs = self._memory(self.resolve(request))
         plan, limit = needs.plan(), self.options.memory_limit_bytes
-        advice.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
+        need.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
         return plan
 
     def prepare(self, requests: Sequence[Request | ResolvedRequest]) -> float:
@@ -324,7 +323,7 @@ class Pipeline:
                 yield block
 
     def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
-        return advice.explained(lambda: self._memory(request).explain(device.device_bytes()))
+        return need.explained(lambda: self._memory(request).explain(device.device_bytes()))
 
     def _memory(self, request: ResolvedRequest) -> need.MemoryNeed:
         blocks = None
@@ -344,21 +343,7 @@ class Pipeline:
         )
 
 
-def _with_fields(function: Callable[..., object], *sources: type) -> None:
-    """Lets `help` and editors at run time show the keywords of a function one by one, with their defaults."""
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    known = {p.name for p in own}
-    keywords = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for source in sources
-        for field in dataclasses.fields(source)
-        if field.name not in known
-    ]
-    function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
-
-
-_with_fields(Pipeline.__init__, RunOptions)
-_with_fields(Pipeline.from_checkpoint.__func__, RunOptions)  # type: ignore[attr-defined]
-_with_fields(Pipeline.__call__, Request)
-_with_fields(Pipeline.stream, Request)
+show_fields(Pipeline.__init__, RunOptions)
+show_fields(Pipeline.from_checkpoint.__func__, RunOptions)  # type: ignore[attr-defined]
+show_fields(Pipeline.__call__, Request)
+show_fields(Pipeline.stream, Request)

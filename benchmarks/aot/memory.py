@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """One row of the table. All sizes are bytes."""
     from benchmarks.aot.hlo import arrays_made
-    from benchmarks.aot.program import arrays_of, compile_block
+    from benchmarks.aot.programs import arrays_of, compile_block
 
     start = time.perf_counter()
     compiled, cache = compile_block(case, compiler.TARGET.read_text())
@@ -98,7 +98,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 @functools.cache
 def _activations(model: str) -> int:
-    from benchmarks.aot.program import compile_block, without_attention
+    from benchmarks.aot.programs import compile_block, without_attention
 
     compiled, _ = compile_block(Case(model=model), compiler.TARGET.read_text(), without_attention)
     return compiled.memory_analysis().temp_size_in_bytes

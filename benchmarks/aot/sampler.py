@@ -28,8 +28,8 @@ _NEAR = {"peak": 0.01, "temporaries": 0.02, "kernels_a_step": 0.02}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """model, size: keys of `aot_sampler_program`. quantization: of the weights. attention, precision: of OpChoice.
-    loop: how the steps are one program."""
+    """model, size: keys of `programs.CONFIGS` and `PIXELS`. quantization: of the weights. attention, precision: of
+    OpChoice. loop: how the steps are one program."""
 
     model: str
     size: str
@@ -67,9 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(compiler: aot_compiler.Compiler, case: Case) -> dict[str, Any]:
     """One row of the table. All sizes are bytes."""
-    from benchmarks.aot import sampler_program as programs
-    from benchmarks.aot.hlo import arrays_made
-    from benchmarks.aot.launches import count_launches
+    from benchmarks.aot import programs as programs
+    from benchmarks.aot.hlo import arrays_made, count_launches
     from x2v_jax.ops.choice import OpChoice
 
     linear = "auto" if case.quantization is None else "hopper"

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import DOCUMENTS, RESULTS
 from benchmarks.aot.compiler import MISSING, TARGET, prepare
-from benchmarks.documents import replace_part
+from benchmarks.reports import replace_part
 
 DOCUMENT = DOCUMENTS / "small_gpus.md"
 DEFAULT_OUTPUT = RESULTS / "small_gpu_memory.json"

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import DOCUMENTS
 from benchmarks.aot import kernels as aot_kernels
 from benchmarks.aot import sampler
-from benchmarks.documents import replace_part
+from benchmarks.reports import replace_part
 
 DOCUMENT = DOCUMENTS / "performance.md"
 PART = "aot"

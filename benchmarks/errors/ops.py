@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.errors.kv_cache import DRAWS, NARROW, attention_errors
-from benchmarks.errors.record import Recording
-from benchmarks.errors.smooth import smoothed_case, smoothed_cases
+from benchmarks.errors.record import Recording, smoothed_case, smoothed_cases
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.ops.attention import attention
 from x2v_jax.ops.linear_8bit import linear_8bit, quantize_weight

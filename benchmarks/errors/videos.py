@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.errors.smooth import smoothed_params
+from benchmarks.errors.record import smoothed_params
 from benchmarks.tiny_world.sampling import ShapesModel
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.models.functional import Params, flatten, unflatten

@@ -13,12 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.gpu.device import peak_bytes
-from benchmarks.gpu.parts import Part, Parts
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.sections import Row, message
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.sizes import SHIFT, STEP_LIST, Models, models
+from benchmarks.gpu.settings import SHIFT, STEP_LIST, Models, Settings, models
+from benchmarks.gpu.timing import Part, Parts, peak_bytes
 from benchmarks.gpu.weights import RandomNetwork
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.generate.clock import Clock

@@ -12,8 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu.sections import Row, guarded
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.sizes import models
+from benchmarks.gpu.settings import Settings, models
 from x2v_jax.checkpoint.names.wan import native_shapes
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.generate.network import Network

@@ -78,11 +78,11 @@ def section(name: str) -> Section:
 
 def run(name: str, settings: Settings, command: str) -> int:
     """Runs a section in this process and writes its file after every row. Returns how many rows failed."""
-    from benchmarks.gpu.device import about
+    from benchmarks.reports import circumstances_on_gpu
 
     path = section_file(settings.out, name)
-    report: dict[str, Any] = {"section": name, "about": about(command), "seed": settings.seed, "rows": []}
-    report |= {"quick": settings.quick, "tiny": settings.tiny}
+    report: dict[str, Any] = {"section": name, "about": circumstances_on_gpu(command)}
+    report |= {"seed": settings.seed, "rows": [], "quick": settings.quick, "tiny": settings.tiny}
     _write(path, report)
     try:
         for row in section(name).load()(settings):

@@ -8,11 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu.device import peak_bytes
-from benchmarks.gpu.parts import CompileClock
 from benchmarks.gpu.sections import Row, guarded
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.sizes import SHIFT, STEP_LIST, Models, models
+from benchmarks.gpu.settings import SHIFT, STEP_LIST, Models, Settings, models
+from benchmarks.gpu.timing import CompileClock, peak_bytes
 from benchmarks.gpu.weights import RandomNetwork
 from x2v_jax.diffusion.rollout import Rollout, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.documents import replace_part
+from benchmarks.reports import replace_part
 
 COMMITTED = ROOT / "benchmarks" / "results" / "gpu.json"
 DOCUMENT = ROOT / "docs" / "performance.md"

@@ -1,4 +1,4 @@
-"""Times of compiled programs: medians with their spread, nothing of compilation in them."""
+"""Times of compiled programs, medians with their spread and nothing of compilation in them; of whole runs by parts."""
 
 import dataclasses
 import math
@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu.settings import Settings
+
+# Not the time of tracing, whose events of nested functions lie within one another.
+_COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+# Seconds of a part that is called once more and no oftener.
+_LONG = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +59,90 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-class Stopwatch:
-    """Wall-clock seconds of parts, by name, with the device's work in them.
-
-    >>> watch = Stopwatch()
-    >>> watch("text", lambda: 1)
-    1
-    """
+class CompileClock:
+    """Seconds that jax has spent on lowering and compiling in this process, look-ups in its cache included."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__[T](self, name: str, call: Callable[[], T]) -> T:
         import jax
 
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event in _COMPILING:
+            self.seconds += duration_secs
+
+
+@dataclasses.dataclass
+class Part:
+    """seconds: of each call but the first; first: of that, compiling included; compiling: so much of it."""
+
+    name: str
+    seconds: list[float]
+    first: float
+    compiling: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "part": self.name,
+            "seconds": _digits(self.median),
+            "fastest": _digits(min(self.seconds)),
+            "slowest": _digits(max(self.seconds)),
+            "first_call_seconds": _digits(self.first),
+            "compile_seconds": _digits(self.compiling),
+        }
+
+
+class Parts:
+    """Times parts by name and remembers them.
+
+    Args:
+        settings: says how often a part is called; one that takes long is called once more and no oftener.
+        rounds: calls after the first one, for all parts; None: by their time.
+    """
+
+    def __init__(self, settings: Settings, rounds: int | None = None):
+        self.rounds = rounds
+        self._quick = settings.quick or settings.tiny
+        self._clock = CompileClock()
+        self.found: list[Part] = []
+
+    def __call__[T](self, name: str, call: Callable[[], T], rounds: int | None = None) -> T:
+        """The last result of `call`, which returns arrays or what has been waited for.
+
+        Args:
+            rounds: calls after the first one; None: 1 to 5, by how long that took. With 0 the first one counts, less
+                the time of compiling.
+        """
+        import jax
+
+        before = self._clock.seconds
         begin = time.perf_counter()
         result = jax.block_until_ready(call())
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        first, compiling = time.perf_counter() - begin, self._clock.seconds - before
+        rounds = self.rounds if rounds is None else rounds
+        if rounds is None:
+            rounds = 1 if first - compiling > _LONG else 2 if self._quick else 5
+        seconds = [] if rounds else [first - compiling]
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            result = jax.block_until_ready(call())
+            seconds.append(time.perf_counter() - begin)
+        self.found.append(Part(name, seconds, first, compiling))
         return result
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def peak_bytes() -> int | None:
+    """The most that the device's allocator has held in this process; None where the device does not say."""
+    import jax
+
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.device import peak_bytes
-from benchmarks.gpu.parts import Parts
 from benchmarks.gpu.sections import Row, message
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.sizes import Models, models
+from benchmarks.gpu.settings import Models, Settings, models
+from benchmarks.gpu.timing import Parts, peak_bytes
 from benchmarks.gpu.weights import random_params
 from train.data.sources import Batch, Conditions
 from train.loop import optimizer_of

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any, get_args
 
-from benchmarks.circumstances import circumstances
+from benchmarks.reports import circumstances
 from x2v_jax.diffusion.schedules import Loop
 
 RECORD = pathlib.Path(__file__).parent / "results" / "first_video.json"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.circumstances import circumstances
+from benchmarks.reports import circumstances
 from x2v_jax.errors import UserError
 
 MODES = ("sliding", "fragments", "full")
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: Any) -> dict[str, Any]:
     """Rolls out every mode and prints the table of accuracies by horizon."""
-    from benchmarks.tiny_world.long_plot import plot, sheet
     from benchmarks.tiny_world.long_rollout import LongModel
+    from benchmarks.tiny_world.report import frames_sheet, plot_horizons
     from train.shapes.world import heldout_prompts
 
     prompts = heldout_prompts(args.prompts, args.seed)
@@ -54,8 +54,8 @@ def measure(args: Any) -> dict[str, Any]:
         accuracy = report["modes"][mode]["accuracy"]
         print(f"{mode:10s} " + " ".join(f"{100 * a:5.1f}" for a in accuracy) + "  % all right, by horizon", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(args.out.with_suffix(".png"), report["modes"])
-    sheet(args.out.with_name(f"{args.out.stem}_frames.png"), shown)
+    plot_horizons(args.out.with_suffix(".png"), report["modes"])
+    frames_sheet(args.out.with_name(f"{args.out.stem}_frames.png"), shown)
     return report
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.circumstances import circumstances
+from benchmarks.reports import circumstances
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
 from x2v_jax.request.resolve import ResolvedRequest, resolve
@@ -59,8 +59,7 @@ def measure(args: Any, checkpoint: Any, request: ResolvedRequest | None) -> tupl
     from benchmarks.tiny_world.report import plain, table
     from benchmarks.tiny_world.sampling import ShapesModel
     from train.shapes.judge import label_names
-    from train.shapes.real_videos import first_frames, real_videos
-    from train.shapes.world import heldout_prompts
+    from train.shapes.world import first_frames, heldout_prompts, real_videos
     from x2v_jax.media.pixels import to_uint8
 
     prompts = heldout_prompts(args.prompts, args.seed)

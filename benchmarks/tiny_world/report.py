@@ -1,6 +1,7 @@
-"""What a measurement of the tiny world leaves behind: a table, a JSON file and a contact sheet."""
+"""What measurements of the tiny world leave behind: tables, JSON files, plots and contact sheets."""
 
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from train.shapes.judge import Verdict
+from x2v_jax.media.video import write_png
 
 _FRAMES = 9  # in a row of the sheet
 _GAP = 2
@@ -101,3 +103,35 @@ def _mark(draw: ImageDraw.ImageDraw, middle: int, right: bool) -> None:
     else:
         draw.line([(x, middle - 6), (x + 12, middle + 6)], _RED, 3)
         draw.line([(x, middle + 6), (x + 12, middle - 6)], _RED, 3)
+
+
+def plot_horizons(path: pathlib.Path, modes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracy and drift by horizon of a long video: three panels side by side, a line a mode."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "prompt accuracy, %": ("accuracy", 100.0),
+        "background drift, grey levels": ("background_drift", 1.0),
+        "colour drift, grey levels": ("colour_drift", 1.0),
+    }
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (title, (name, scale)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for mode, values in modes.items():
+            axes.plot(np.arange(1, 1 + len(values[name])), scale * np.array(values[name]), marker="o", label=mode)
+        axes.set(title=title, xlabel="horizon (33 frames each)")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def frames_sheet(path: pathlib.Path, shown: Mapping[str, np.ndarray]) -> None:
+    """Rows of frames: the first videos of every mode, one mode below the other."""
+    most = max(frames.shape[1] for frames in shown.values())
+    rows = []
+    for frames in shown.values():
+        padded = np.zeros((len(frames), most, *frames.shape[2:]), np.uint8)
+        padded[:, : frames.shape[1]] = frames
+        rows += [np.concatenate(list(video), axis=1) for video in padded]
+    image = Image.fromarray(np.concatenate(rows))
+    write_png(path, np.asarray(image.resize((image.width // 2, image.height // 2))))

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.aot import kernels as aot_kernels
 from benchmarks.aot import sampler, tables
-from benchmarks.aot.launches import count_launches
-from benchmarks.aot.sampler_program import latent_shape, sampler_program
-from benchmarks.documents import part
+from benchmarks.aot.hlo import count_launches
+from benchmarks.aot.programs import latent_shape, sampler_program
+from benchmarks.reports import part
 from x2v_jax.models.config import WanConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

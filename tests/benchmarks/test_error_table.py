@@ -10,13 +10,20 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from benchmarks.documents import part
 from benchmarks.errors import table
 from benchmarks.errors.ops import ATTENTION, LINEAR, attention_error, linear_error
-from benchmarks.errors.plot import plot
-from benchmarks.errors.record import ATTENTIONS, MATRICES, Recording, listening
-from benchmarks.errors.smooth import kept_rows, smoothed_case, smoothed_cases
+from benchmarks.errors.record import (
+    ATTENTIONS,
+    MATRICES,
+    Recording,
+    kept_rows,
+    listening,
+    smoothed_case,
+    smoothed_cases,
+)
+from benchmarks.errors.table import plot
 from benchmarks.errors.videos import fill, psnr
+from benchmarks.reports import part
 from x2v_jax.checkpoint.names.smoothing import GROUPS
 from x2v_jax.checkpoint.quantize.calibration import Calibration
 from x2v_jax.checkpoint.quantize.smoothing import smoothing_factors

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import ceilings, checks, cli, sections, shapes, torch_side, training
-from benchmarks.gpu.parts import Parts
-from benchmarks.gpu.settings import Settings
-from benchmarks.gpu.sizes import models
-from benchmarks.gpu.timing import Timing, timed
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import ceilings, checks, sections, shapes, torch_side, training
+from benchmarks.gpu.settings import Settings, models
+from benchmarks.gpu.timing import Parts, Timing, timed
 from benchmarks.gpu.weights import RandomNetwork, random_params
 from x2v_jax.models.config import WanConfig
 
@@ -151,30 +150,30 @@ def test_torch_is_left_out_with_a_sentence_where_there_is_none(monkeypatch):
 
 
 def test_quick_sections_fit_into_ten_minutes_and_have_the_headline_runs():
-    quick = cli.chosen(argparse.Namespace(what="all", only=[], quick=True))
-    assert sum(section.seconds for section in quick) <= 60 * cli._QUICK_MINUTES
+    quick = program.chosen(argparse.Namespace(what="all", only=[], quick=True))
+    assert sum(section.seconds for section in quick) <= 60 * program._QUICK_MINUTES
     names = {section.name for section in quick}
     assert {"i2v_14b_480p_int8", "i2v_14b_480p_bf16", "i2v_14b_720p_int8", "t2v_1_3b_480p_int8"} <= names
-    everything = cli.chosen(argparse.Namespace(what="all", only=[], quick=False))
+    everything = program.chosen(argparse.Namespace(what="all", only=[], quick=False))
     assert "i2v_14b_720p_bf16" in {section.name for section in everything}
-    kernels = cli.chosen(argparse.Namespace(what="kernels", only=[], quick=False))
+    kernels = program.chosen(argparse.Namespace(what="kernels", only=[], quick=False))
     assert {section.group for section in kernels} == {"kernels"}
 
 
 def test_the_driver_runs_sections_in_processes_and_merges_them(tmp_path: pathlib.Path, capfd):
-    assert cli.main(["all", "--tiny", "--quick", "--only", "ceilings", "torch", f"--out={tmp_path}"]) == 0
+    assert program.main(["all", "--tiny", "--quick", "--only", "ceilings", "torch", f"--out={tmp_path}"]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert set(report["sections"]) == {"ceilings", "torch"}
     assert "matmul int8" in capfd.readouterr().out
 
 
 def test_a_section_that_has_no_time_left_is_not_begun(tmp_path: pathlib.Path, capsys):
-    assert cli.main(["all", "--tiny", "--minutes=0.01", "--only", "ceilings", f"--out={tmp_path}"]) == 1
+    assert program.main(["all", "--tiny", "--minutes=0.01", "--only", "ceilings", f"--out={tmp_path}"]) == 1
     assert "not run, the time is up" in capsys.readouterr().out
 
 
 def test_without_a_gpu_nothing_large_is_begun(tmp_path: pathlib.Path, capsys):
-    assert cli.main(["all", "--quick", f"--out={tmp_path}"]) == 2
+    assert program.main(["all", "--quick", f"--out={tmp_path}"]) == 2
     assert "jax finds no GPU here; --tiny" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -183,7 +182,7 @@ def test_without_a_gpu_nothing_large_is_begun(tmp_path: pathlib.Path, capsys):
 )
 def test_wrong_arguments_are_refused(arguments: list[str], capsys):
     with pytest.raises(SystemExit):
-        cli.main(arguments)
+        program.main(arguments)
     assert arguments[-1].split("=")[0] in capsys.readouterr().err
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.documents import NoSuchPart, part, replace_part
 from benchmarks.gpu import table
+from benchmarks.reports import NoSuchPart, part, replace_part
 
 ABOUT = {
     "platform": "gpu",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from train.shapes import judge, world
-from train.shapes.real_videos import matching_scenes
+from train.shapes.world import matching_scenes
 from x2v_jax.media.pixels import to_uint8
 
 FRAMES = 33

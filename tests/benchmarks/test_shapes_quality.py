@@ -15,7 +15,7 @@ from benchmarks.tiny_world import quality
 from benchmarks.tiny_world.report import contact_sheet, sheet_rows, table
 from benchmarks.tiny_world.sampling import ShapesModel
 from train.shapes.judge import Verdict
-from train.shapes.tokenizer import TEXT_LEN, write_tokenizer
+from train.shapes.world import TEXT_LEN, write_tokenizer
 from x2v_jax.checkpoint.native.reader import open_checkpoint, save_native
 from x2v_jax.models.config import Schedule, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.models.functional import flatten, split

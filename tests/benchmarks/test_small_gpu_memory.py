@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.aot import small_gpu_memory
-from benchmarks.documents import part
+from benchmarks.reports import part
 from x2v_jax.memory import predict
 
 ROWS = json.loads(small_gpu_memory.DEFAULT_OUTPUT.read_text())["cases"]

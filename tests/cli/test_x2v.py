@@ -8,7 +8,7 @@ import pytest
 
 from tools.check_wheel import decoys
 from x2v_jax import cli, shipped
-from x2v_jax.cli.programs import PROGRAMS
+from x2v_jax.cli import PROGRAMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Runs a program and prints the files that more than one module of the process came from.

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 
 from x2v_jax.errors import UserError
-from x2v_jax.generate import compiled_programs
+from x2v_jax.generate import programs
 from x2v_jax.media.video import read_frames
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -77,14 +77,14 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
     cache.mkdir()
     (cache / NAME).write_bytes(b"a program")
     (cache / "jit_f-0123-atime").write_bytes(b"no program")
-    assert compiled_programs.save(tmp_path / "new" / "p.zip", cache, {"jax": "1", "config": {"height": 480}}) == 1
+    assert programs.save(tmp_path / "new" / "p.zip", cache, {"jax": "1", "config": {"height": 480}}) == 1
     return tmp_path / "new" / "p.zip"
 
 
 def test_programs_are_put_where_they_were(file: pathlib.Path, tmp_path: pathlib.Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compiled_programs.install(file, tmp_path / "out", {"jax": "1", "config": {"height": 480}})
+        assert programs.install(file, tmp_path / "out", {"jax": "1", "config": {"height": 480}})
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {NAME: b"a program"}
 
 
@@ -103,21 +103,21 @@ def test_a_file_for_something_else_is_not_used(
     file: pathlib.Path, tmp_path: pathlib.Path, wanted: dict[str, Any], expected: str
 ):
     with pytest.warns(UserWarning, match=expected):
-        assert not compiled_programs.install(file, tmp_path / "out", wanted)
+        assert not programs.install(file, tmp_path / "out", wanted)
     assert not (tmp_path / "out").exists()
 
 
 def test_damaged_files_are_not_used(file: pathlib.Path, tmp_path: pathlib.Path):
     wanted = {"jax": "1", "config": {"height": 480}}
-    manifest = {"format": compiled_programs.FORMAT, "version": 1, "made_for": wanted, "programs": {}}
+    manifest = {"format": programs.FORMAT, "version": 1, "made_for": wanted, "programs": {}}
     cases: dict[str, Any] = {
         "changed": {NAME: "0" * 64},
         "outside": {"../jit_f-1-cache": "0" * 64},
         "missing": {"jit_g-1-cache": "0" * 64},
     }
-    for name, programs in cases.items():
+    for name, listed in cases.items():
         with zipfile.ZipFile(tmp_path / name, "w") as made:
-            made.writestr("manifest.json", json.dumps(manifest | {"programs": programs}))
+            made.writestr("manifest.json", json.dumps(manifest | {"programs": listed}))
             made.writestr(NAME, b"another")
             made.writestr("../jit_f-1-cache", b"")
     (tmp_path / "cut").write_bytes(file.read_bytes()[:-30])
@@ -125,24 +125,24 @@ def test_damaged_files_are_not_used(file: pathlib.Path, tmp_path: pathlib.Path):
         made.writestr("manifest.json", "[]")
     for name in (*cases, "cut", "foreign"):
         with pytest.warns(UserWarning, match=f"{name} is damaged"):
-            assert not compiled_programs.install(tmp_path / name, tmp_path / "out", wanted)
+            assert not programs.install(tmp_path / name, tmp_path / "out", wanted)
     with pytest.warns(UserWarning, match="does not exist; everything is compiled instead. Make the file with"):
-        assert not compiled_programs.install(tmp_path / "none", tmp_path / "out", wanted)
+        assert not programs.install(tmp_path / "none", tmp_path / "out", wanted)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_cannot_be_written_is_said(file: pathlib.Path, tmp_path: pathlib.Path):
     with pytest.raises(UserError, match=r"compiled_programs: /proc/p\.zip cannot be written"):
-        compiled_programs.save("/proc/p.zip", tmp_path, {})
+        programs.save("/proc/p.zip", tmp_path, {})
     with pytest.raises(UserError, match=r"compiled_programs: /proc/p\.zip cannot be written"):
-        compiled_programs.check_writable("/proc/p.zip")
+        programs.check_writable("/proc/p.zip")
     with pytest.raises(UserError, match="is a folder; give a file"):
-        compiled_programs.check_writable(tmp_path)
-    compiled_programs.check_writable(tmp_path / "other" / "p.zip")
+        programs.check_writable(tmp_path)
+    programs.check_writable(tmp_path / "other" / "p.zip")
     assert not list((tmp_path / "other").iterdir())
 
 
 def test_who_the_programs_are_for_is_said_in_json():
-    made = compiled_programs.identity({"sizes": (1, 2), "name": None})
+    made = programs.identity({"sizes": (1, 2), "name": None})
     assert made == json.loads(json.dumps(made)) and made["config"] == {"sizes": [1, 2], "name": None}
     assert made["device"].startswith("cpu ") and made["jax"]

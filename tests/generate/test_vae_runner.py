@@ -12,7 +12,7 @@ from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.media.pixels import to_uint8
-from x2v_jax.memory import vae as vae_memory
+from x2v_jax.memory import activations as vae_memory
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from x2v_jax import Pipeline
 from x2v_jax.diffusion.rollout import Rollout
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
-from x2v_jax.memory import predict, vae
+from x2v_jax.memory import predict
+from x2v_jax.memory.activations import decode_bytes, decode_method, decoder_cache_bytes, denoise_bytes
 from x2v_jax.models import functional
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.models.vae import WanVae
@@ -43,18 +44,18 @@ def test_predicted_activations_are_near_what_the_compiler_reports():
     program = jax.jit(lambda p, x, t, text: functional.merge(graphdef, p)(x, t, text)).lower(params, *shapes).compile()
     analysis = program.memory_analysis()
     assert analysis is not None
-    predicted = predict.denoise_bytes(config, (5, 32, 32), 1, 4, on_cpu=True)
+    predicted = denoise_bytes(config, (5, 32, 32), 1, 4, on_cpu=True)
     assert 1 / 3 < predicted / analysis.temp_size_in_bytes < 3
 
 
 def test_full_size_plans_are_plausible():
     """14B at 480p: 80 GB must suffice beside weights of 28.6 GB; decoding the whole video at once would not."""
     latents = (21, 60, 104)
-    assert 3e9 < predict.denoise_bytes(WanConfig.t2v_14b(), latents, 1, 2) < 15e9
-    assert vae.decode_method(VaeConfig(), latents, 60 << 30) == "stream"
-    assert vae.decode_method(VaeConfig(), latents, 8 << 30) == "tiled"
-    assert vae.decode_method(VaeConfig(), (1, 8, 8), None) == "whole"
-    whole, stream, tiled = (vae.decode_bytes(VaeConfig(), latents, m) for m in ("whole", "stream", "tiled"))
+    assert 3e9 < denoise_bytes(WanConfig.t2v_14b(), latents, 1, 2) < 15e9
+    assert decode_method(VaeConfig(), latents, 60 << 30) == "stream"
+    assert decode_method(VaeConfig(), latents, 8 << 30) == "tiled"
+    assert decode_method(VaeConfig(), (1, 8, 8), None) == "whole"
+    whole, stream, tiled = (decode_bytes(VaeConfig(), latents, m) for m in ("whole", "stream", "tiled"))
     assert whole > 40e9 > 20e9 > stream > 4 * tiled
 
 
@@ -98,4 +99,4 @@ def test_what_the_decoder_keeps_is_counted_to_the_byte():
         latents = jax.ShapeDtypeStruct((1, 1, 4, 6, config.z_dim), jnp.float32)
         decode = lambda p, z, g=graphdef: functional.merge(g, p).decode_chunk(z)  # noqa: E731
         _, cache = jax.eval_shape(decode, params, latents)
-        assert sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)) == vae.decoder_cache_bytes(config, (1, 4, 6))
+        assert sum(leaf.size * 4 for leaf in jax.tree.leaves(cache)) == decoder_cache_bytes(config, (1, 4, 6))

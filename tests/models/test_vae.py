@@ -10,7 +10,7 @@ from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.functional import abstract, merge, parameter_count, split
 from x2v_jax.models.vae import WanVae
 from x2v_jax.models.vae_blocks import conv3d_valid_in_time
-from x2v_jax.models.vae_tiling import decode_tiled
+from x2v_jax.models.vae_pieces import decode_tiled
 
 CONFIG = VaeConfig(dim=4, num_res_blocks=1)
 

@@ -221,5 +221,5 @@ def test_causal_image_to_video_checkpoints_are_refused():
 
 
 def test_requests_and_files_are_checked_without_jax():
-    code = "import sys, x2v_jax.request.resolve, x2v_jax.media.latents_file; sys.exit('jax' in sys.modules)"
+    code = "import sys, x2v_jax.request.resolve, x2v_jax.media.tensor_files; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

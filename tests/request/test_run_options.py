@@ -8,7 +8,7 @@ import pytest
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops.choice import OpChoice
-from x2v_jax.ops.support import Device, first_device, supported
+from x2v_jax.ops.devices import Device, first_device, supported
 from x2v_jax.request.options import RunOptions, problems
 
 CPU, HOPPER, ADA, AMPERE = (

@@ -5,8 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from train.data.order import epoch_rows
-from train.data.reading import read_ahead
+from train.data.order import epoch_rows, read_ahead
 from x2v_jax.errors import UserError
 
 

@@ -10,9 +10,8 @@ import pytest
 from tiny_models import BASE, TEXT, random_parameters, write_checkpoint
 
 from train.data import prompts as prompts_module
-from train.data.cache_format import Plan
+from train.data.cache_format import Plan, fingerprint
 from train.data.check import check
-from train.data.fingerprint import fingerprint
 from train.data.prompts import PromptCache, make_prompt_cache, read_prompts
 from train.prepare.__main__ import main
 from x2v_jax.checkpoint.names.wan import table

@@ -17,10 +17,8 @@ from train.data.sources import Batch
 from train.data.trajectories import TrajectoryCache
 from train.loop import train
 from train.rollouts import sample_keys
-from train.tasks.causvid import CausVidTask
-from train.tasks.dmd import DmdTask, dmd_settings
-from train.tasks.ode_pairs import OdePairs, trajectory_grid
-from train.tasks.ode_regression import OdeRegressionTask
+from train.tasks.dmd import CausVidTask, DmdTask, dmd_settings
+from train.tasks.ode import OdePairs, OdeRegressionTask, trajectory_grid
 from x2v_jax import Pipeline
 from x2v_jax.checkpoint.native.reader import open_checkpoint
 from x2v_jax.config.training import phase

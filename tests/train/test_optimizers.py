@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.optimizers import _muon_dimensions, learning_rate_schedule, make_optimizer
+from train.state import _muon_dimensions, learning_rate_schedule, make_optimizer
 from x2v_jax.errors import UserError
 
 

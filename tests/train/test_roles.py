@@ -151,6 +151,6 @@ def test_more_devices_than_there_are_is_refused(tmp_path: pathlib.Path):
 
 
 def test_matrices_are_large_enough_to_be_split():
-    from x2v_jax.parallel.mesh import spec_of
+    from x2v_jax.parallel import spec_of
 
     assert spec_of((SIZE, SIZE), 8) != spec_of((SIZE, SIZE), 1)

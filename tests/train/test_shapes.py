@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from train.shapes import world
-from train.shapes.tokenizer import make_tokenizer
+from train.shapes.world import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a cache of training data is on disk.
+"""What a cache of training data is on disk, and how it knows the network that made it.
 
 A folder with
 - items.jsonl: one JSON object a row of the source (its text, the file it came from), in order;
@@ -16,7 +16,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,10 @@ import numpy as np
 from x2v_jax import shipped
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from x2v_jax.checkpoint.native.reader import NativeCheckpoint
+
 
 FORMAT = "x2v-jax-cache"
 FORMAT_VERSION = 1
@@ -38,6 +42,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "int64": np.dtype(np.int64),
 }
 SHARD_BYTES = 256 << 20
+# Values of a tensor that a fingerprint reads.
+_SAMPLE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,3 +176,43 @@ def values_digest(tensors: Mapping[str, np.ndarray]) -> str:
 def rows_for(row_bytes: int) -> int:
     """Rows a shard, so that one has about 256 MB."""
     return max(1, min(1024, SHARD_BYTES // max(1, row_bytes)))
+
+
+def fingerprint(checkpoint: "NativeCheckpoint", component: str) -> str:
+    """A SHA-256 over the sizes of a component and about a thousand values of each of its tensors.
+
+    Values are rounded to bfloat16 first, so that a float32 file and its bfloat16 copy have one fingerprint. The text
+    encoder's covers the tokenizer's file, too: other ids are other embeddings.
+
+    Raises:
+        UserError: the checkpoint does not have the component.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.config(component).to_dict(), sort_keys=True).encode())
+    for name, tensor in checkpoint.tensors(component).items():
+        values = tensor.read().reshape(-1)
+        # Two stretches and not scattered values: of each tensor a few pages are read from the disk.
+        sample = np.concatenate([values[: _SAMPLE // 2], values[values.size - min(values.size, _SAMPLE // 2) :]])
+        digest.update(f"{name} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(sample.astype(ml_dtypes.bfloat16)).tobytes())
+    if component == "text_encoder" and (tokenizer := checkpoint.tokenizer_file()) is not None:
+        digest.update(tokenizer.read_bytes())
+    return digest.hexdigest()
+
+
+def require_same(where: str, recorded: str, checkpoint: "NativeCheckpoint", component: str, command: str) -> None:
+    """Refuses data that another network made.
+
+    Args:
+        where: the data's place, for the message.
+        recorded: the fingerprint kept with the data.
+        command: of `python -m train.prepare` that makes them.
+
+    Raises:
+        UserError: the checkpoint's component is another one.
+    """
+    if fingerprint(checkpoint, component) != recorded:
+        raise UserError(
+            f"{where} was made with another {component} than {checkpoint.path} has; make it again with "
+            f"`{shipped.command(f'prepare {command} … --checkpoint {checkpoint.path}')}`, or train from the checkpoint "
+            "that it was made with"
+        )

@@ -51,7 +51,7 @@ def open_continuations(
     """From the ends of a teacher's trajectories; pictures and prompts are encoded once and kept in `directory`.
 
     Args:
-        pairs: what `ode_pairs` made.
+        pairs: what `OdePairs` wrote.
         shape: [f, h, w, C] of its videos.
         follow: the prompt of a video -> the prompt of what follows.
 

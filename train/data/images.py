@@ -12,9 +12,8 @@ from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
 
 from .cache import Cache, CacheWriter
-from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .cache_format import DTYPES, Plan, TensorSpec, fingerprint, require_same, rows_for
 from .clips import crop_to_aspect
-from .fingerprint import fingerprint, require_same
 from .items import CaptionedFile
 from .latents import LatentSize, Progress, fill, latent_size_of, make_vae_runner, require_latent_size
 

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from x2v_jax.errors import UserError
 
 from .cache import Cache, CacheWriter
-from .cache_format import DTYPES, Plan, TensorSpec, rows_for
+from .cache_format import DTYPES, Plan, TensorSpec, fingerprint, require_same, rows_for
 from .clips import read_clip
-from .fingerprint import fingerprint, require_same
 from .items import CaptionedFile
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from x2v_jax import shipped
 from x2v_jax.errors import UserError
 
 from .cache import Cache, CacheWriter
-from .cache_format import DTYPES, Plan, TensorSpec, rows_for
-from .fingerprint import fingerprint, require_same
+from .cache_format import DTYPES, Plan, TensorSpec, fingerprint, require_same, rows_for
 
 if TYPE_CHECKING:
     from x2v_jax.checkpoint.native.reader import NativeCheckpoint

@@ -2,17 +2,26 @@
 
 64 x 64 pixels, 33 frames (9 latent frames). A scene is a handful of numbers, drawn from a key; the video is rendered
 from it by signed distances. Captions are written from a small grammar; a fifth of them (by hash, never the canonical
-"a red circle moves left") is held out from training, so that prompts for measuring are unseen.
+"a red circle moves left") is held out from training, so that prompts for measuring are unseen. Prompts
+have real videos, too: what a perfect model would make.
 """
 
 import itertools
+import pathlib
 import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+
+from x2v_jax.media.pixels import to_uint8
 
 SIZE = 64
 NUM_FRAMES = 33
@@ -31,6 +40,14 @@ _RADIUS = (9.0, 12.0)
 _PATH = (24.0, 38.0)
 _MARGIN = 1.0
 SMALL_BELOW, BIG_ABOVE = 9.8, 11.2  # radii below and above which a caption may say so
+
+TEXT_LEN = 16  # tokens of a caption
+_SPECIAL = ("<pad>", "</s>", "<unk>")  # the same ids as UMT5's special tokens
+
+# Of real videos for prompts.
+_BATCH = 32
+# A prompt names one of 48 combinations and perhaps a narrow range of sizes: so many draws hold dozens of each.
+_POOL = 20_000
 
 
 class Scene(NamedTuple):
@@ -206,3 +223,53 @@ def vocabulary() -> list[str]:
     words |= {*COLOURS, *SHAPES, *_ARTICLES, *_VERBS, "small", "big"}
     words |= {w for ways in _WAYS.values() for way in ways for w in way.split()}
     return sorted(words)
+
+
+def make_tokenizer() -> Tokenizer:
+    """Word by word, in the file format that the full-size models use."""
+    words = [*_SPECIAL, *vocabulary()]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    punctuation = normalizers.Replace(Regex(r"[^\w\s]+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), punctuation])  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])  # pyright: ignore
+    return tokenizer
+
+
+def write_tokenizer(path: pathlib.Path) -> None:
+    """Writes tokenizer.json."""
+    make_tokenizer().save(str(path))
+
+
+def matching_scenes(prompts: Sequence[Prompt], seed: int) -> Scene:
+    """A scene for each prompt, of its colour, shape, direction and (where it is named) size; the rest is random.
+
+    Fields are numpy arrays of shape [len(prompts)].
+    """
+    pool = jax.tree.map(np.asarray, sample_scenes(jax.random.key(seed), max(_POOL, 100 * len(prompts))))
+    size = np.where(pool.radius < SMALL_BELOW, "small", np.where(pool.radius > BIG_ABOVE, "big", ""))
+    drawn: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for i, labels in enumerate(zip(pool.colour, pool.shape, pool.direction, strict=True)):
+        drawn[tuple(map(int, labels))].append(i)  # pyright: ignore[reportArgumentType]
+    rows = []
+    for prompt in prompts:
+        candidates = drawn[prompt.colour, prompt.shape, prompt.direction]
+        named = {"small", "big"} & set(prompt.text.split())
+        place = next(j for j, i in enumerate(candidates) if not named or size[i] in named)
+        rows.append(candidates.pop(place))
+    return jax.tree.map(lambda field: field[rows], pool)
+
+
+def real_videos(prompts: Sequence[Prompt], seed: int) -> Iterator[np.ndarray]:
+    """Renders the matching scenes, a batch at a time: [up to 32, F, 64, 64, 3] in [-1, 1]."""
+    scenes = matching_scenes(prompts, seed)
+    rendered = jax.jit(render)
+    for first in range(0, len(prompts), _BATCH):
+        rows = np.minimum(np.arange(first, first + _BATCH), len(prompts) - 1)
+        batch = rendered(jax.tree.map(lambda field, rows=rows: field[rows], scenes))
+        yield np.asarray(batch)[: len(prompts) - first]
+
+
+def first_frames(prompts: Sequence[Prompt], seed: int) -> UInt8[np.ndarray, "n 64 64 3"]:
+    """The first frames of `real_videos`, as a picture file would give them."""
+    return np.concatenate([to_uint8(batch[:, 0]) for batch in real_videos(prompts, seed)])

@@ -19,11 +19,11 @@ from x2v_jax.models.config import CausalSchedule, Schedule, VaeConfig, WanConfig
 from x2v_jax.models.functional import Params, flatten
 from x2v_jax.models.networks import abstract_network
 
+from ..checkpoints import relative_reference
 from ..data.open_source import open_source
 from ..data.sources import SHAPES, Batch, Conditions, Source
 from ..evaluation import evaluate_students
 from ..lora import LoraConfig, apply_lora, init_lora
-from ..references import relative_reference
 from ..rollouts import BlockByBlock, Rollout, WholeVideo
 
 

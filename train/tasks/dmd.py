@@ -21,7 +21,7 @@ from x2v_jax.models.functional import Params, merge
 
 from ..data.continuations import Continuations, open_continuations
 from ..data.sources import Batch, Conditions
-from ..rollouts import sample_keys, velocity_of
+from ..rollouts import NoisedVideos, sample_keys, velocity_of
 from ..shapes.world import turned
 from .distillation import Distillation
 
@@ -219,3 +219,21 @@ def by_timestep(losses: jax.Array, timestep: jax.Array) -> dict[str, jax.Array]:
     """The mean loss of the samples in each quarter of the timesteps, NaN where there is none. Both are [B]."""
     quarter = jnp.clip(timestep // 250, 0, 3)
     return {f"loss_t_{250 * i}": jnp.mean(losses, where=quarter == i) for i in range(4)}
+
+
+class CausVidTask(DmdTask):
+    """CausVid (Yin et al., arXiv:2412.07772): a causal student learns from real videos with noise on them.
+
+    It never sees its own videos while it learns; Self-Forcing (`DmdTask` with config.causal) mends that. Config as
+    `DmdTask`'s, with data that have latents.
+    """
+
+    needs_latents = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if not self.is_causal:
+            raise UserError("config.causal is empty; CausVid's student is causal: set config.causal.block")
+        # Evaluation goes on with the cache, as inference does.
+        self.rollout = NoisedVideos(self.graph, self.shape, self.sigmas, block=config.causal.block)
+        self.variant = "causvid"

@@ -24,10 +24,9 @@ from x2v_jax.models.config import ClipConfig, Config, Schedule, Umt5Config, VaeC
 from x2v_jax.models.functional import Params, flatten, merge, split, unflatten
 from x2v_jax.models.networks import abstract_network, make_network
 
-from ..evaluation import shapes_scores
+from ..checkpoints import relative_reference
+from ..evaluation import save_grid, shapes_scores
 from ..loop import SingleRoleTask
-from ..pictures import save_grid
-from ..references import relative_reference
 from ..shapes import world
 from ..shapes.latents import (
     CAPTIONS_PER_VIDEO,
@@ -37,8 +36,7 @@ from ..shapes.latents import (
     encode_first_frames,
     encode_videos,
 )
-from ..shapes.real_videos import first_frames
-from ..shapes.tokenizer import TEXT_LEN, make_tokenizer, write_tokenizer
+from ..shapes.world import TEXT_LEN, first_frames, make_tokenizer, write_tokenizer
 
 
 class ImageBatch(NamedTuple):

@@ -20,8 +20,8 @@ from x2v_jax.models.functional import Params, flatten, merge, split
 from x2v_jax.models.networks import abstract_network
 from x2v_jax.models.vae import WanVae
 
+from ..evaluation import save_grid
 from ..loop import SingleRoleTask
-from ..pictures import save_grid
 from ..shapes import world
 
 

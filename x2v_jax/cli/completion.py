@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from x2v_jax import shipped
-from x2v_jax.cli.programs import PROGRAMS, load
+from x2v_jax.cli import PROGRAMS, load
 from x2v_jax.errors import UserError
 
 # Bash cuts words at = and :, so it gets only what comes behind the last of them. Without a word it looks for files.

@@ -25,7 +25,7 @@ from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.vae import StreamDecoder, VaeRunner
-from x2v_jax.media.latents_file import LatentsFile
+from x2v_jax.media.tensor_files import LatentsFile
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params
 from x2v_jax.request import earlier_video

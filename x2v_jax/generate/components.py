@@ -16,7 +16,7 @@ from x2v_jax.generate.network import Network, describe_networks
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
 from x2v_jax.models.config import ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
-from x2v_jax.ops import support
+from x2v_jax.ops import devices
 from x2v_jax.request.options import RunOptions
 
 
@@ -36,7 +36,7 @@ class Components:
         kinds = {checkpoint.quantization(name) for name in checkpoint.components if name != "tokenizer"} - {None}
         ops = options.ops
         if ops != type(ops)() or kinds:  # else there is nothing that a device could lack, and none has to be started
-            ops = support.supported(ops, [kind for kind in kinds if kind], support.first_device())
+            ops = devices.supported(ops, [kind for kind in kinds if kind], devices.first_device())
         self.networks, self.lora_report = describe_networks(
             checkpoint, loras, dtype=options.dtype, vae_dtype=options.vae_dtype, ops=ops, offload=options.offload
         )

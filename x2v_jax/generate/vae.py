@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Num, UInt8
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.media.pixels import to_uint8
+from x2v_jax.memory import activations as vae_memory
 from x2v_jax.memory import device
-from x2v_jax.memory import vae as vae_memory
 from x2v_jax.models import functional
 from x2v_jax.models.config import VaeConfig
 from x2v_jax.models.vae import Cache
-from x2v_jax.models.vae_tiling import TILE, decode_tiled
+from x2v_jax.models.vae_pieces import TILE, decode_tiled
 
 DecodeMethod = Literal["auto", "whole", "stream", "tiled"]
 

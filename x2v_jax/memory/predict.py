@@ -13,11 +13,18 @@ import ml_dtypes
 import numpy as np
 
 from x2v_jax.errors import UserError
-from x2v_jax.memory import vae as vae_memory
+from x2v_jax.memory.activations import (
+    clip_bytes,
+    decode_bytes,
+    decode_method,
+    decoder_cache_bytes,
+    denoise_bytes,
+    encode_bytes,
+    encode_method,
+    text_bytes,
+)
 from x2v_jax.models.config import QUANTIZABLE, QUANTIZATIONS, ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 
-# Attention without a fused kernel makes scores in chunks of at most this size.
-_MAX_SCORES = 1 << 28
 # What the process takes on a CPU without any model: Python, jax, compiling.
 _PROCESS = 400 << 20
 # Blocks on the device at one time where the others wait in the host's memory: the one at work, the one that is coming.
@@ -211,8 +218,8 @@ def plan(checkpoint: Weights, configs: Mapping[str, Config], work: Workload) -> 
         parts["text"] = base | {"text_encoder": weights["text_encoder"], "activations": activations}
 
     def encode(latent_size: Sequence[int]) -> int:
-        method = vae_memory.encode_method(vae_config, latent_size, vae_size)
-        return vae_memory.encode_bytes(vae_config, latent_size, method, vae_size)
+        method = encode_method(vae_config, latent_size, vae_size)
+        return encode_bytes(vae_config, latent_size, method, vae_size)
 
     if wan.model_type == "i2v":
         activations = max(clip_bytes(config_of(configs, "image_encoder", ClipConfig), size), encode(latent_size))
@@ -223,7 +230,7 @@ def plan(checkpoint: Weights, configs: Mapping[str, Config], work: Workload) -> 
     if work.blocks.encoded:
         # In pieces, each of which is given the convolutions' frames of the one before.
         activations = encode((work.blocks.encoded, *latent_size[1:]))
-        activations += vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
+        activations += decoder_cache_bytes(vae_config, latent_size, vae_size)
         parts["image"] = base | kept | vae | {"activations": activations}
     return MemoryPlan(weights, parts | _block_phases(configs, work, work.blocks, base | kept | transformer | vae), host)
 
@@ -244,8 +251,8 @@ def _whole_phases(
     )
     resident, method = held | vae, work.vae_decode
     if method == "auto":
-        method = vae_memory.decode_method(vae_config, work.latent_size, _less(work.available, resident), vae_size)
-    decode = vae_memory.decode_bytes(vae_config, work.latent_size, method, vae_size)
+        method = decode_method(vae_config, work.latent_size, _less(work.available, resident), vae_size)
+    decode = decode_bytes(vae_config, work.latent_size, method, vae_size)
     return {"denoise": held | before | {"activations": activations}, "vae": resident | {"activations": decode}}
 
 
@@ -258,11 +265,11 @@ def _block_phases(
     size = _itemsize(work.dtype)
     own = denoise_bytes(wan, (blocks.block, *latent_size[1:]), 1, size, on_cpu=work.on_cpu, window=blocks.window)
     resident = held | {"keys and values": kv_cache_bytes(wan, latent_size, blocks)}
-    frames = vae_memory.decoder_cache_bytes(vae_config, latent_size, vae_size)
+    frames = decoder_cache_bytes(vae_config, latent_size, vae_size)
     decoded = (2, *latent_size[1:])
-    method = vae_memory.decode_method(vae_config, decoded, _less(work.available, resident), vae_size)
+    method = decode_method(vae_config, decoded, _less(work.available, resident), vae_size)
     method = "tiled" if "tiled" in (work.vae_decode, method if work.vae_decode == "auto" else "") else "stream"
-    decode = vae_memory.decode_bytes(vae_config, decoded, method, vae_size)
+    decode = decode_bytes(vae_config, decoded, method, vae_size)
     return {
         "denoise": resident | {"activations": own, "decoder's frames": frames},
         "vae": resident | {"activations": decode, "decoder's frames": frames},
@@ -288,35 +295,6 @@ def weight_bytes(checkpoint: Weights, component: str, dtype: str, *, quantized: 
     return total
 
 
-def denoise_bytes(
-    config: WanConfig,
-    latent_size: Sequence[int],
-    batch: int,
-    size: int,
-    *,
-    on_cpu: bool = False,
-    window: int | None = None,
-) -> int:
-    """Activations of one pass of the transformer.
-
-    Args:
-        latent_size: frames, height, width.
-        batch: 2 with guidance in one pass.
-        size: bytes of an element in matmuls.
-        on_cpu: scores of attention are not counted: there they are made in blocks that the cache holds.
-        window: latent frames that are attended to, where these are not `latent_size`' own.
-    """
-    length = math.prod(n // p for n, p in zip(latent_size, config.patch_size, strict=True))
-    keys = length if window is None else length // latent_size[0] * window
-    tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
-    # Residual stream, its normalised copy and the gated sum in float32; q, k, v and the attention's result.
-    per_token = config.dim * (3 * 4 + 4 * size) + config.ffn_dim * size
-    if config.model_type == "i2v":
-        per_token += config.dim * (size + 1)  # attention to the image beside that to the text; fitted
-    elements = math.prod(latent_size) * config.in_dim * batch
-    return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
-
-
 def kv_cache_bytes(config: WanConfig, latent_size: Sequence[int], blocks: BlockSizes) -> int:
     """The cache of `diffusion.kv_cache`: keys and values of a window in every layer, and those of the prompt.
 
@@ -330,18 +308,6 @@ def kv_cache_bytes(config: WanConfig, latent_size: Sequence[int], blocks: BlockS
     rows = config.num_layers * config.dim
     window = 2 * blocks.window * tokens * widths[blocks.kv_cache]
     return int(rows * (window + blocks.originals * tokens * floating + 2 * config.text_len * floating))
-
-
-def text_bytes(config: Umt5Config, length: int, size: int) -> int:
-    """Activations of the text encoder on one prompt."""
-    scores = config.num_heads * length * length * 4 * 3
-    return scores + length * (config.dim * 14 + config.dim_ffn * 3 * size)
-
-
-def clip_bytes(config: ClipConfig, size: int) -> int:
-    """Activations of CLIP's visual tower on one image."""
-    tokens = 1 + (config.image_size // config.patch_size) ** 2
-    return tokens * config.dim * (12 + 6 * size) + config.num_heads * tokens * tokens * 8
 
 
 def _less(available: int | None, parts: Mapping[str, int]) -> int | None:

@@ -10,8 +10,7 @@ import math
 from x2v_jax.diffusion.rollout_plan import Mode, Positions, RolloutPlan
 from x2v_jax.models.causal import MAX_FRAMES
 from x2v_jax.models.config import CausalSchedule
-from x2v_jax.request.model import Model
-from x2v_jax.request.request import Request
+from x2v_jax.request.request import Model, Request
 
 # How `Request.context_noise` says that there is no clean pass.
 NO_CONTEXT_PASS = -1.0

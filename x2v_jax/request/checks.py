@@ -11,8 +11,7 @@ from x2v_jax.diffusion.rollout_plan import Mode, Positions
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError, is_number
 from x2v_jax.models.config import Schedule
-from x2v_jax.request.model import Model
-from x2v_jax.request.request import Request
+from x2v_jax.request.request import Model, Request
 
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024

@@ -16,11 +16,10 @@ from x2v_jax.checkpoint.files.safetensors import read_metadata, read_safetensors
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.media.frames import NoVideoStream, decoded_frames
-from x2v_jax.media.latents_file import holds_latents
+from x2v_jax.media.tensor_files import holds_latents
 from x2v_jax.models.config import VaeConfig
-from x2v_jax.models.vae_reach import decoder_reach
-from x2v_jax.request.model import Model
-from x2v_jax.request.request import File
+from x2v_jax.models.vae_pieces import decoder_reach
+from x2v_jax.request.request import File, Model
 
 _FORMAT = "x2v-jax block-by-block latents"
 _SAMPLES, _SAMPLE_BYTES = 32, 16 << 10

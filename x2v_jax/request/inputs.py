@@ -13,8 +13,7 @@ from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.media.image import load_image
 from x2v_jax.media.tensor_files import BlockNoise, read_noise, read_text_embeddings
 from x2v_jax.request import earlier_video
-from x2v_jax.request.model import Model
-from x2v_jax.request.request import File, Request
+from x2v_jax.request.request import File, Model, Request
 
 _KEPT = 8  # a request names at most four files, some of which are needed in two forms
 

@@ -1,7 +1,8 @@
 """How a pipeline runs, apart from what a request asks for. Checked without jax."""
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Self, TypedDict, cast, get_args
 
 import numpy as np
@@ -139,3 +140,17 @@ def _name(dtype: object) -> object:
         return np.dtype(dtype).name  # type: ignore[call-overload]  # TypeError says that it is none
     except TypeError:
         return dtype
+
+
+def show_fields(function: Callable[..., object], *sources: type) -> None:
+    """Lets `help` and editors at run time show the keywords of a function one by one, with their defaults."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {p.name for p in own}
+    keywords = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for source in sources
+        for field in dataclasses.fields(source)
+        if field.name not in known
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]

@@ -1,19 +1,42 @@
-"""What one video is asked for. No jax import. Names follow diffusers' WanPipeline.
+"""What one video is asked for, and of which checkpoint. No jax import. Names follow diffusers' WanPipeline.
 
 A field left at None is decided by the schedule that travels with the checkpoint: see `request.resolve`.
 """
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypedDict, overload, runtime_checkable
 
 import numpy as np
 
 from x2v_jax.errors import UserError, did_you_mean
+from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
 
 if TYPE_CHECKING:
     import PIL.Image
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What `resolve` asks of a checkpoint; `checkpoint.native.reader.NativeCheckpoint` answers it."""
+
+    @property
+    def path(self) -> pathlib.Path: ...
+    @property
+    def task(self) -> str | None: ...
+    @property
+    def variant(self) -> str: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @overload
+    def config(self, component: Literal["transformer"], /) -> WanConfig: ...
+    @overload
+    def config(self, component: Literal["vae"], /) -> VaeConfig: ...
+    def has(self, component: str, /) -> bool: ...
+    def files(self, component: str, /) -> Sequence[pathlib.Path]: ...
+
 
 type File = str | os.PathLike[str]
 type Picture = "File | np.ndarray | PIL.Image.Image"

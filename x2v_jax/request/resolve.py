@@ -24,8 +24,7 @@ from x2v_jax.request.checks import (
     task_problems,
 )
 from x2v_jax.request.inputs import BlockInputs, InputFiles, Inputs
-from x2v_jax.request.model import Model
-from x2v_jax.request.request import Request
+from x2v_jax.request.request import Model, Request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from small_checkpoints import CONFIGS, official_folder, random_tensors, save, save_json
 from smooth_checkpoints import recording
 
-from convert.run_memory import phases
+from convert.describe import phases
 from x2v_jax.checkpoint.conversion.convert import convert
 from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
 from x2v_jax.errors import UserError

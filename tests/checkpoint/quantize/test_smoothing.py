@@ -11,7 +11,7 @@ import tiny_models
 from small_checkpoints import CONFIGS, I2V, official_folder, save
 from smooth_checkpoints import recording
 
-from convert.run_memory import phases
+from convert.describe import phases
 from x2v_jax.checkpoint.conversion.convert import convert
 from x2v_jax.checkpoint.conversion.inspect import inspect, to_text
 from x2v_jax.checkpoint.conversion.options import ConversionOptions

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from x2v_jax import shipped
-from x2v_jax.checkpoint.conversion.choose_quantization import stored_quantization
+from x2v_jax.checkpoint.conversion.choose import stored_quantization
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import without_advice
 from x2v_jax.checkpoint.lora.keys import Role

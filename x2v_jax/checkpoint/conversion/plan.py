@@ -6,8 +6,12 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from x2v_jax.checkpoint.conversion.choose_quantization import choose_quantization, quantization_notes
-from x2v_jax.checkpoint.conversion.choose_smoothing import check_smoothing, choose_smoothing
+from x2v_jax.checkpoint.conversion.choose import (
+    check_smoothing,
+    choose_quantization,
+    choose_smoothing,
+    quantization_notes,
+)
 from x2v_jax.checkpoint.conversion.from_native import carried_over, open_native_source
 from x2v_jax.checkpoint.conversion.options import ConversionOptions
 from x2v_jax.checkpoint.conversion.stream import Findings, stream

@@ -25,7 +25,6 @@ MAX_TUPLE_KEYS = 4096
 MAX_TUPLE_KEY_LENGTH = 16
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
-_MARKLESS = object()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -175,11 +174,7 @@ class Interpreter:
         return items
 
     def _tuple(self, count: int) -> None:
-        if len(self._stack) < count:
-            self.damaged("a value is missing")
-        items = tuple(self._stack[-count:])
-        del self._stack[-count:]
-        self._push(items)
+        self._push(tuple(reversed([self._pop() for _ in range(count)])))
 
     def _pair(self) -> list[object]:
         value = self._pop()
@@ -197,15 +192,13 @@ class Interpreter:
         self._push(int.from_bytes(self._take(width), "little", signed=True))
 
     def _put(self, index: int) -> None:
-        if not self._stack:
-            self.damaged("a value is missing")
-        self._memo[index] = self._stack[-1]
+        self._memo[index] = self._pop()
+        self._push(self._memo[index])
 
     def _get(self, index: int) -> None:
-        value = self._memo.get(index, _MARKLESS)
-        if value is _MARKLESS:
+        if index not in self._memo:
             self.damaged(f"memo {index} is empty")
-        self._push(value)
+        self._push(self._memo[index])
 
     def _extend(self, items: list[object]) -> None:
         self._top(is_list, "list").extend(items)
@@ -236,10 +229,6 @@ class Interpreter:
             f"it asks for the global {shorten(name)}, which a file of tensors does not need; nothing was executed."
             " Use a safetensors file from a source that you trust, or save only a state_dict()."
         )
-
-    def _stack_global(self) -> None:
-        module, name = self._pair()
-        self._global(module, name)
 
     def _call(self) -> None:
         function, arguments = self._pair()
@@ -350,7 +339,7 @@ _OPCODES: dict[int, Callable[[Interpreter], object]] = {
     ord("j"): lambda vm: vm._get(vm._unsigned(4)),
     # stand-ins for objects
     ord("c"): lambda vm: vm._global(vm._line(), vm._line()),
-    0x93: Interpreter._stack_global,
+    0x93: lambda vm: vm._global(*vm._pair()),
     ord("i"): lambda vm: vm._refuse_global(f"{vm._line()}.{vm._line()}"),
     ord("R"): Interpreter._call,
     0x81: Interpreter._call,

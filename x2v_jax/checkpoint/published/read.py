@@ -17,8 +17,7 @@ from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.files.torch_reader import read_torch_file
 from x2v_jax.checkpoint.names.diffusers import DiffusersNames, Part, res_blocks_of
 from x2v_jax.checkpoint.names.wan import official_shapes
-from x2v_jax.checkpoint.quantize.eight_bit import EightBit
-from x2v_jax.checkpoint.quantize.scales import join_scales
+from x2v_jax.checkpoint.quantize.eight_bit import EightBit, join_scales
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CONFIGS, Config, WanConfig
 

@@ -9,11 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from x2v_jax.errors import UserError
 from x2v_jax.ops.attention.choose_hopper import hopper_config, on_hopper
-from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper import attention_hopper, takes_hopper
 from x2v_jax.ops.attention.hopper_config import PRECISIONS, HopperConfig, Precision, faster_than_cudnn
 from x2v_jax.ops.attention.quantized import query_dtype
-from x2v_jax.ops.attention.reference import attention_reference
+from x2v_jax.ops.attention.reference import attention_reference, with_gradient_of
 from x2v_jax.ops.choice import CHOICES, AttentionImplementation
 from x2v_jax.ops.devices import cuda_device
 from x2v_jax.ops.linear_8bit.quantize import QuantizedRows

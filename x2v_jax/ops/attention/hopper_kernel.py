@@ -12,34 +12,32 @@ of the multiply-add in front of the exponential: scales cost nothing.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from x2v_jax.ops.attention.hopper_config import HEAD_DIM, ROWS, SCALE_BLOCK, HopperConfig
-from x2v_jax.ops.attention.hopper_repack import repack
+from x2v_jax.ops.attention.hopper_products import (
+    Refs,
+    attention_scores,
+    eight_bit_probabilities,
+    plgpu,
+    plus_values,
+    plus_values_8bit,
+)
 from x2v_jax.ops.attention.quantized import PROBABILITY_BITS
 from x2v_jax.ops.attention.tiles import CUT, CUTS, FIRST_FULL, FULL, SINK_FULL
-
-# Untyped: what it exports and what its annotations say do not agree.
-plgpu: Any = mosaic_gpu
 
 _FULL_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number for each query
 _FULL_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number for each channel
 
-
 # The place of a row, a tile or a step; most are traced.
 Index = Array | int
-# What lies in memory, by name: arrays, and the barriers that say when they are there. `jax.Ref`, or a view of one in
-# another layout, whose type jax does not export.
-Refs = dict[str, Any]
 # Output, maximum and sum of a warpgroup's queries so far.
 Carry = tuple[Array, Array, Array]
 # Of queries and of values.
@@ -248,7 +246,7 @@ def _compute(plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Arra
         factor: float | Array = plan.factor
         if q_scale is not None:
             factor = q_scale * gmem["k_scale"][place.group, place.head, lax.div(tile * config.block_kv, SCALE_BLOCK)]
-        scores = _scores(smem, warpgroup, slot, config.block_kv, change_turns)
+        scores = attention_scores(smem, warpgroup, slot, config.block_kv, change_turns)
         if limits is not None:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + tile * config.block_kv
             scores = jnp.where((key >= limits[0]) & (key < limits[1]), scores, -jnp.inf)
@@ -262,7 +260,7 @@ def _compute(plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Arra
         if plan.transposed:
             # There is no barrier for 8-bit arrays.
             total, new_top, p = lax.optimization_barrier((total, new_top, p))
-            p = _eight_bit_probabilities(plan, smem, warpgroup, p)
+            p = eight_bit_probabilities(config, smem, warpgroup, p)
         else:
             p = p.astype(smem["v"].dtype)
             out, total, new_top, p = lax.optimization_barrier((out * decay, total, new_top, p))
@@ -270,7 +268,7 @@ def _compute(plan: _Plan, gmem: Refs, smem: Refs, place: _Place, warpgroup: Arra
         plgpu.barrier_wait(smem["v_ready"].at[slot])
         take_turn()
         values = smem["v"].at[slot]
-        out = _plus_values_8bit(out, decay, p, values) if plan.transposed else _plus_values(out, p, values)
+        out = plus_values_8bit(out, decay, p, values.T) if plan.transposed else plus_values(out, p, values)
         plgpu.barrier_arrive(smem["v_used"].at[slot])
         return out, new_top, total
 
@@ -307,43 +305,6 @@ def _fetch_queries(
     q_scale = plgpu.load(smem["q_scale"].at[warpgroup], layout=_FULL_ROWS) if "q_scale" in gmem else None
     v_scale = plgpu.load(smem["v_scale"].at[warpgroup], layout=_FULL_COLUMNS) if "v_scale" in gmem else None
     return q_scale, v_scale
-
-
-def _scores(smem: Refs, warpgroup: Array, slot: Array, keys: int, change_turns: Callable[[], None]) -> Array:
-    plgpu.barrier_wait(smem["k_ready"].at[slot])
-
-    def product(accumulator: jax.Ref) -> Array:
-        plgpu.wgmma(accumulator, smem["q"].at[warpgroup], smem["k"].at[slot].T)
-        change_turns()
-        return accumulator[...]
-
-    dtype = jnp.int32 if smem["q"].dtype == jnp.int8 else jnp.float32
-    scores = pl.run_scoped(product, plgpu.ACC((ROWS, keys), dtype))
-    plgpu.barrier_arrive(smem["k_used"].at[slot])
-    return scores.astype(jnp.float32)
-
-
-def _eight_bit_probabilities(plan: _Plan, smem: Refs, warpgroup: Array, p: Array) -> Any:
-    p = p.astype(smem["v"].dtype)
-    if plan.config.probabilities == "registers":
-        return repack(p)
-    smem["p"][warpgroup] = p
-    plgpu.commit_smem()
-    return smem["p"].at[warpgroup]
-
-
-def _plus_values(out: Array, p: Array, values: object) -> Array:
-    return pl.run_state(lambda total: plgpu.wgmma(total, p, values))(plgpu.ACC.init(out))
-
-
-def _plus_values_8bit(out: Array, decay: Array, p: Any, values: Any) -> Array:
-    """Each tile in an accumulator of its own: 8-bit products add up with fewer bits than float32 has."""
-
-    def product(accumulator: jax.Ref) -> Array:
-        plgpu.wgmma(accumulator, p, values.T)
-        return accumulator[...]
-
-    return out * decay + pl.run_scoped(product, plgpu.ACC((ROWS, HEAD_DIM), jnp.float32))
 
 
 def _store(

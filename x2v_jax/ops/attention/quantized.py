@@ -20,7 +20,7 @@ from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
 # Probabilities, at most 1, are times 2 ** 8 in e4m3: that fits its largest number, 448, and what is lost are those
 # below 2 ** -18.
 PROBABILITY_BITS = 8
-# The order of keys, within groups of 16, that 8-bit probabilities have in registers (`hopper_repack.py`).
+# The order of keys, within groups of 16, that 8-bit probabilities have in registers (`hopper_products.py`).
 KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 _TINY = 1e-30
 _E4M3_MAX = 448.0

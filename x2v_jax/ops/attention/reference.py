@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper_config import Precision
 from x2v_jax.ops.attention.simulated import attention_simulated
 from x2v_jax.ops.linear_8bit.quantize import QuantizedRows
@@ -153,3 +152,29 @@ def _attend_heads(
 
 def _without_keys_past(key_length: Array | None, scores: Array) -> Array:
     return scores if key_length is None else jnp.where(jnp.arange(scores.shape[-1]) < key_length, scores, -jnp.inf)
+
+
+Attend = Callable[..., Any]
+
+
+def with_gradient_of(exact: Attend, forward: Attend) -> Attend:
+    """`forward`, with the gradient of `exact` at the same inputs (q, k, v, key length), which are all that is kept.
+
+    A kernel has no gradient of its own, and rounding to 8 bits has none that is of use: it passes straight through.
+    What `forward` takes behind these four has no gradient.
+    """
+
+    @jax.custom_vjp
+    def attend(*inputs: object) -> Any:
+        return forward(*inputs)
+
+    def keep(*inputs: object) -> Any:
+        return forward(*inputs), (inputs[:4], [None] * len(inputs[4:]))
+
+    def backward(kept: Any, gradient: Any) -> Any:
+        (*inputs, key_length), more = kept
+        pullback = jax.vjp(lambda q, k, v: exact(q, k, v, key_length), *inputs)[1]
+        return *pullback(gradient), None, *more
+
+    attend.defvjp(keep, backward)
+    return attend

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from x2v_jax.ops.attention.api import Implementation, attention
 from x2v_jax.ops.attention.choose_hopper import hopper_config
-from x2v_jax.ops.attention.gradients import with_gradient_of
 from x2v_jax.ops.attention.hopper import attention_hopper_spans, takes_hopper
 from x2v_jax.ops.attention.hopper_config import Precision
+from x2v_jax.ops.attention.reference import with_gradient_of
 from x2v_jax.ops.attention.simulated import attention_simulated
 from x2v_jax.ops.attention.tiles import Span, check_spans
 

@@ -1,8 +1,9 @@
-"""One axis of devices, "fsdp": each holds a part of every large array and of every batch.
+"""Many devices: meshes and the rules by which trees of arrays are laid out on them.
 
-Weights are gathered where they are used, a layer at a time, because the stacked layers are scanned and never split over
-devices; gradients are summed and scattered back. XLA does both from the shardings alone (Rajbhandari et al.,
-arXiv:1910.02054, stage 3; Xu et al., arXiv:2105.04663).
+One axis of devices, "fsdp": each holds a part of every large array and of every batch. Weights are gathered where they
+are used, a layer at a time, because the stacked layers are scanned and never split over devices; gradients are summed
+and scattered back. XLA does both from the shardings alone (Rajbhandari et al., arXiv:1910.02054, stage 3; Xu et al.,
+arXiv:2105.04663).
 """
 
 import dataclasses

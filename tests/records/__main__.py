@@ -1,7 +1,7 @@
 """Records what the program does, and compares two records: for changes that move code and must not change behaviour.
 
-    python tools/records record --checkout DIR OUT [--only help,configs] [--with-aot WHEELS]
-    python tools/records compare OLD NEW [--only help,configs]
+    python tests/records record --checkout DIR OUT [--only help,configs] [--with-aot WHEELS]
+    python tests/records compare OLD NEW [--only help,configs]
 
 A record is a folder with one JSON file a section. DIR is any checkout of this project: it is asked only through its
 command lines, in processes of their own, and through the few names in `inside.py`. `compare` exits with 1 where
@@ -97,7 +97,7 @@ def _write(path: pathlib.Path, values: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python tools/records", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tests/records", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recorder = commands.add_parser("record", help="write a record of a checkout")
     recorder.add_argument("--checkout", type=pathlib.Path, required=True, metavar="DIR")

@@ -1,18 +1,61 @@
-"""How much memory the VAE takes, and in how many pieces it works. From sizes alone; no jax import.
+"""How much memory networks take at work, and in how many pieces the VAE works. From sizes alone; no jax import.
 
 Activations are estimated with factors that were fitted to what XLA reports for compiled programs.
 """
 
+import math
 from collections.abc import Sequence
 
-from x2v_jax.models.config import VaeConfig
-from x2v_jax.models.vae_reach import decoder_caches
-from x2v_jax.models.vae_tiling import TILE
+from x2v_jax.models.config import ClipConfig, Umt5Config, VaeConfig, WanConfig
+from x2v_jax.models.vae_pieces import TILE, decoder_caches
 
+# Attention without a fused kernel makes scores in chunks of at most this size.
+_MAX_SCORES = 1 << 28
 # The VAE works in pieces where the whole would take more activations than this.
 WHOLE_LIMIT = 1 << 30
 # Pictures (see _picture_bytes) per frame that the VAE holds at once. In pieces it also holds the convolutions' caches.
 _WHOLE_PICTURES, _PIECE_PICTURES, _ENCODE_PICTURES = 6, 15, 11
+
+
+def text_bytes(config: Umt5Config, length: int, size: int) -> int:
+    """Activations of the text encoder on one prompt."""
+    scores = config.num_heads * length * length * 4 * 3
+    return scores + length * (config.dim * 14 + config.dim_ffn * 3 * size)
+
+
+def clip_bytes(config: ClipConfig, size: int) -> int:
+    """Activations of CLIP's visual tower on one image."""
+    tokens = 1 + (config.image_size // config.patch_size) ** 2
+    return tokens * config.dim * (12 + 6 * size) + config.num_heads * tokens * tokens * 8
+
+
+def denoise_bytes(
+    config: WanConfig,
+    latent_size: Sequence[int],
+    batch: int,
+    size: int,
+    *,
+    on_cpu: bool = False,
+    window: int | None = None,
+) -> int:
+    """Activations of one pass of the transformer.
+
+    Args:
+        latent_size: frames, height, width.
+        batch: 2 with guidance in one pass.
+        size: bytes of an element in matmuls.
+        on_cpu: scores of attention are not counted: there they are made in blocks that the cache holds.
+        window: latent frames that are attended to, where these are not `latent_size`' own.
+    """
+    length = math.prod(n // p for n, p in zip(latent_size, config.patch_size, strict=True))
+    keys = length if window is None else length // latent_size[0] * window
+    tokens, scores = batch * length, batch * config.num_heads * length * keys * 4
+    # Residual stream, its normalised copy and the gated sum in float32; q, k, v and the attention's result.
+    per_token = config.dim * (3 * 4 + 4 * size) + config.ffn_dim * size
+    if config.model_type == "i2v":
+        per_token += config.dim * (size + 1)  # attention to the image beside that to the text; fitted
+    elements = math.prod(latent_size) * config.in_dim * batch
+    return tokens * per_token + (0 if on_cpu else min(scores, _MAX_SCORES)) + 6 * 4 * elements
 
 
 def decode_bytes(config: VaeConfig, latent_size: Sequence[int], method: str, size: int = 4) -> int:

@@ -1,13 +1,17 @@
-"""Decoding in spatial tiles, so that memory does not grow with the size of the picture.
+"""The VAE's decoder in pieces: what it keeps from one stretch of time to the next, and tiles of the picture.
 
-The result is not exact: tiles overlap and are blended linearly, as in the published code (Wan2.1 VAE tiling in LightX2V
-and diffusers: tiles of 256 pixels, 64 of them shared with each neighbour).
+With tiles memory does not grow with the size of the picture. The result is not exact: they overlap and are blended
+linearly, as in the published code (Wan2.1 VAE tiling in LightX2V and diffusers: tiles of 256 pixels, 64 of them shared
+with each neighbour).
 """
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
+
+from x2v_jax.models.config import VaeConfig
 
 TILE = 32  # latents: 256 pixels
 OVERLAP = 8  # latents: 64 pixels
@@ -68,3 +72,24 @@ def _ramp(tile: int, before: bool, after: bool, overlap: int, stride: int) -> np
     if after:
         window[-overlap * stride :] = np.minimum(window[-overlap * stride :], rise[::-1])
     return window
+
+
+def decoder_reach(config: VaeConfig) -> int:
+    """How many latent frames before a frame have an influence on how it is decoded."""
+    return math.ceil(sum(2 / rate for _, rate, _ in decoder_caches(config)))
+
+
+def decoder_caches(config: VaeConfig) -> list[tuple[int, int, int]]:
+    """(channels, frames a latent frame, pixels a latent's side) of each convolution in time, which keeps two frames."""
+    widths = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    rate = scale = 1
+    caches = [(config.z_dim, 1, 1)] + [(widths[0], 1, 1)] * 4
+    for i, (width, out) in enumerate(itertools.pairwise(widths)):
+        first = width if i == 0 else width // 2
+        caches += [(first, rate, scale)] + [(out, rate, scale)] * (2 * config.num_res_blocks + 1)
+        if i < len(config.dim_mult) - 1:
+            if config.temporal_downsample[-1 - i]:
+                caches.append((out, rate, scale))
+                rate *= 2
+            scale *= 2
+    return [*caches, (widths[-1], rate, scale)]
