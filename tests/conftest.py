@@ -11,12 +11,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "x2v_jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most of the tests' time is compilation, of programs that run once: LLVM works less on them. `XLA_FLAGS= pytest` tests
+# what users run, and .ci/long does so.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402 - it reads the environment when it is imported
 import jaxtyping  # noqa: E402
 import type_checks  # noqa: E402
 
 type_checks.install()
+# How long an example takes depends on what the machine does beside it.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Test modules whose arrays may broadcast to another rank, and why.
 RANK_PROMOTION_ALLOWED = {

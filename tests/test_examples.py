@@ -16,6 +16,7 @@ def modules_with_examples() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if ">>> " in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", modules_with_examples())
 def test_the_examples_of_a_module_do_what_they_say(
     path: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

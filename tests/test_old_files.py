@@ -41,6 +41,7 @@ def copies(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     warnings.showwarning = show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "version", "quantization", "smoothing"),
     [("format_1", 1, None, None), ("format_2", 2, "int8", None), ("format_3", 3, "float8_e4m3fn", 0.5)],
@@ -65,6 +66,7 @@ def test_a_calibration_smooths_a_conversion():
         np.testing.assert_allclose(tensor.read().astype(np.float32), theirs[name].read().astype(np.float32), rtol=0.13)
 
 
+@pytest.mark.slow
 def test_a_video_is_made_again_from_the_settings_that_it_carries(capsys: pytest.CaptureFixture[str]):
     settings = read_metadata("video.mp4")
     assert settings == json.loads(pathlib.Path("video.json").read_text())
@@ -75,6 +77,7 @@ def test_a_video_is_made_again_from_the_settings_that_it_carries(capsys: pytest.
     assert np.abs(again - before).mean() < 0.5  # of 255: another processor rounds otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", ["causal.mp4", "causal_latents.safetensors"])
 def test_a_video_goes_on_from_an_old_one(earlier: str, capsys: pytest.CaptureFixture[str]):
     keys = {"checkpoint": "causal", "prompt": PROMPT, "seconds": 0.5, "continue_from": earlier, "output": "more.mp4"}
@@ -83,6 +86,7 @@ def test_a_video_goes_on_from_an_old_one(earlier: str, capsys: pytest.CaptureFix
     assert read_frames("more.mp4").shape == (12, 32, 48, 3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str]):
     config = load_config("run_config.py")
     task = make_task(config)

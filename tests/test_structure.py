@@ -1,6 +1,7 @@
 """The shape of the house: every file in one layer, no import that its layer may not, and nothing that goes round."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 
@@ -85,13 +86,18 @@ def modules_of(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
+@functools.cache
+def _import_statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports_of(module: str, source: str, known: set[str], *, is_package: bool = False) -> set[str]:
     """Modules of the project that a text imports, anywhere in it; `from a import b` counts as a.b if that is one."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in _import_statements(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 here = module.split(".") if is_package else module.split(".")[:-1]

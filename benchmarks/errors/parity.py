@@ -65,12 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure_all(paths: Iterable[pathlib.Path]) -> Iterable[Section]:
     from tests.reference.cases_lib.measure import measure
-    from tests.reference.cases_lib.registry import KINDS, LATER_KINDS
+    from tests.reference.cases_lib.registry import KINDS
 
     for path in paths:
         case = Case.load(path)
-        if case.kind in LATER_KINDS:
-            continue
         section = Section(case, KINDS[case.kind].what if case.kind in KINDS else "", measure(case))
         worst = _farthest(section.measurements)
         print(f"{case.name}: {worst.error:.1e} ({worst.output})")

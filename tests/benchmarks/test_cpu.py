@@ -25,6 +25,7 @@ def _fake_other() -> cpu.Other:
     return cpu.Other([sys.executable, "-c", _FAKE])
 
 
+@pytest.mark.slow
 def test_the_sides_take_turns_and_both_are_summarised():
     other = _fake_other()
     try:

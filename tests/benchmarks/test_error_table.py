@@ -41,6 +41,7 @@ def network():
     return graphdef, jax.jit(lambda: split(WanModel(CONFIG, rngs=nnx.Rngs(0)))[1])()
 
 
+@pytest.mark.slow
 def test_every_matrix_and_attention_of_every_block_is_recorded_in_order(network):
     graphdef, params = network
     with listening() as heard:
@@ -71,6 +72,7 @@ def test_nothing_is_recorded_afterwards(network):
     assert not heard.matrices and not heard.attentions
 
 
+@pytest.mark.slow
 def test_errors_of_normal_numbers_are_those_of_the_bits():
     x, kernel = (jax.random.normal(jax.random.key(i), (64, 64)) for i in range(2))
     errors = {name: linear_error(name, x, kernel, jnp.zeros(64)) for name in LINEAR}

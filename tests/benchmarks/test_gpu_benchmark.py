@@ -29,6 +29,7 @@ def _run(name: str, settings: Settings) -> list[dict]:
     return report["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "linear", "norms"])
 def test_kernels_are_right_before_they_are_timed(name: str, settings: Settings):
     rows = _run(name, settings)
@@ -44,6 +45,7 @@ def test_ceilings_are_found_by_those_who_compare_with_them(settings: Settings):
     assert ceilings.share_of_ceiling(2.0, {"a": 4.0}, {}) is None
 
 
+@pytest.mark.slow
 def test_a_video_is_timed_part_by_part(settings: Settings):
     rows = {row["part"]: row for row in _run("i2v_14b_480p_int8", settings)}
     steps = [f"step {i}" for i in range(1, 5)]
@@ -58,6 +60,7 @@ def test_a_stream_tells_denoising_and_vae_apart_and_together(settings: Settings)
     assert row["denoise_seconds"] > 0 and row["vae_seconds"] > 0 and row["first_frame_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_training_step_runs_on_random_weights(settings: Settings):
     rows = {row["part"]: row for row in _run("training_self_forcing", settings)}
     assert rows["step"]["seconds"] == pytest.approx(

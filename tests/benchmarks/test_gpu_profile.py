@@ -60,6 +60,7 @@ def test_names_of_kernels(name: str, category: str):
     assert profile.category({"name": name}) == category
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_is_recorded_and_drawn(tmp_path: pathlib.Path):
     call = jax.jit(lambda x: jnp.tanh(x @ x).sum(0))
     x = jnp.ones((128, 128))

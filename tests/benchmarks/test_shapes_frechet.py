@@ -29,6 +29,7 @@ def test_the_distance_of_gaussians_is_the_known_one():
     assert frechet.frechet_distance(a @ turn, b @ turn) == pytest.approx(10.0, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_set_is_at_no_distance_from_itself_and_the_distance_is_symmetric(measured):
     assert frechet.frechet_distance(measured, measured) == pytest.approx(0.0, abs=1e-6)
     there, back = (
@@ -43,6 +44,7 @@ def test_features_are_finite_and_of_the_order_of_their_units(measured):
     assert np.abs(measured.mean(0)).max() < 1.5 and measured.std(0).max() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flaw", "feature"),
     [

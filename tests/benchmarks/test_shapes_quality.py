@@ -66,6 +66,7 @@ def checkpoint_path(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["base", "distill"])
 def test_batches_give_the_videos_that_the_pipeline_gives(checkpoint_path, variant):
     checkpoint = open_checkpoint(checkpoint_path / variant)
@@ -80,6 +81,7 @@ def test_batches_give_the_videos_that_the_pipeline_gives(checkpoint_path, varian
         assert np.abs(alone.astype(int) - videos[i]).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes_a_report_that_repeats(checkpoint_path, tmp_path, capsys):
     out = tmp_path / "new" / "report.json"
     args = [

@@ -56,6 +56,7 @@ def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, capsys: 
     assert error.startswith(f"error: {sentence}") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "package"),
     [

@@ -46,6 +46,7 @@ def calibrate(checkpoint, destination, *options) -> int:
     return main(["calibrate", str(checkpoint), str(destination), *map(str, options)])
 
 
+@pytest.mark.long
 def test_from_prompts_to_a_smoothed_checkpoint_and_its_video(tmp_path, prompts, capsys):
     """The trained model: a video in smoothed int8 stays as close to bfloat16 as one in plain int8 has to."""
     path = tmp_path / "c.safetensors"
@@ -82,6 +83,7 @@ def _heard(checkpoint, path, prompts, *options) -> tuple[dict[str, np.ndarray], 
     return dict(read_calibration(path).maxima), count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("image", "evaluations"), [(False, 3), (True, 3)], ids=["t2v", "i2v"])
 def test_guided_base_models_are_recorded(tmp_path, prompts, pictures, image, evaluations):
     """3 steps of UniPC, the two passes of guidance in one batch; 2 layers."""
@@ -95,6 +97,7 @@ def test_guided_base_models_are_recorded(tmp_path, prompts, pictures, image, eva
     assert any((one[name] < maxima[name]).any() for name in one)
 
 
+@pytest.mark.slow
 def test_videos_made_block_by_block_are_recorded(tmp_path, prompts):
     source = tiny_models.write_checkpoint(tmp_path / "source", schedule=tiny_models.CAUSAL)
     maxima, count = _heard(source, tmp_path / "c.safetensors", prompts, "--limit", 1, "--num-frames", 21)
@@ -105,6 +108,7 @@ def test_videos_made_block_by_block_are_recorded(tmp_path, prompts):
     assert frames.shape == (21, 32, 48, 3)
 
 
+@pytest.mark.slow
 def test_offloaded_blocks_say_the_same_and_smoothed_ones_run(tmp_path, prompts):
     source = tiny_models.write_checkpoint(tmp_path / "source", schedule=tiny_models.DISTILLED)
     here, _ = _heard(source, tmp_path / "a.safetensors", prompts, "--limit", 1)
@@ -124,7 +128,9 @@ def test_images_are_a_picture_a_folder_or_a_list(tmp_path, prompts, pictures):
             calibrate(source, tmp_path / f"{path.stem}.safetensors", "--prompts", prompts, "--images", path)
     names = [[pathlib.Path(request.completed.image).name for request in requests] for requests in seen]
     assert names == [["b.png", "b.png"], ["a.png", "b.png"], ["b.png", "a.png"]]
-    assert [request.completed.seed for request in seen[0]] == [0, 1] and seen[0][0].completed.prompt == "a red circle moves left"
+    assert [request.completed.seed for request in seen[0]] == [0, 1] and seen[0][
+        0
+    ].completed.prompt == "a red circle moves left"
 
 
 def test_the_places_are_those_that_the_blocks_name():
@@ -134,6 +140,7 @@ def test_the_places_are_those_that_the_blocks_name():
     assert all(f'observe("{name}", ' in text for name in GROUPS) and text.count("observe(") == len(GROUPS)
 
 
+@pytest.mark.slow
 def test_every_mistake_is_one_sentence_before_the_work(tmp_path, prompts, pictures, capsys):
     source, moving = tiny_models.write_checkpoint(tmp_path / "t2v"), tmp_path / "i2v"
     tiny_models.write_checkpoint(moving, image=True)

@@ -79,6 +79,7 @@ def _dense(q, k, v, visible: np.ndarray) -> np.ndarray:
     return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "sink", "block", "dtype", "bound"),
     [(*case, "float32", 1e-5) for case in GRID]

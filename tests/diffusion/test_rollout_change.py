@@ -28,6 +28,7 @@ def network():
     return graphdef, config, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "at", "seen"),
     [

@@ -48,6 +48,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(in_parts, "_ROWS", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "dtype"), [(0, "float32"), (2, "bfloat16"), (2, "int8")])
 def test_the_cache_is_updated_where_it_lies(small_parts, sink: int, dtype: str):
     compiled, cache = _compiled(_rollout(500, sink=sink, cache_dtype=dtype))
@@ -65,6 +66,7 @@ def test_temporaries_do_not_grow_with_the_window(small_parts):
     assert few.memory_analysis().temp_size_in_bytes == many.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_ten_times_the_length_costs_not_one_byte_more():
     rollout = _rollout(6, sink=2, cache_dtype=jnp.float32)
     params = jax.jit(lambda: split(_model())[1])()

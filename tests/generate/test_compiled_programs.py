@@ -40,6 +40,7 @@ def infer(*arguments: str, folder: pathlib.Path) -> "subprocess.CompletedProcess
     return done
 
 
+@pytest.mark.slow
 def test_a_second_process_starts_without_compiling(tmp_path: pathlib.Path):
     checkpoint = tiny_models.write_checkpoint(tmp_path / "i2v", schedule=tiny_models.DISTILLED, image=True)
     (tmp_path / "p.png").write_bytes(_png())

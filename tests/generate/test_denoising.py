@@ -60,6 +60,7 @@ def test_the_initial_noise_is_given_away(denoiser: Denoiser):
     assert noise.is_deleted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_one_program_unrolled_or_a_scan_and_a_loop_of_steps_give_the_same(given: bool):
     graphdef, params = functional.split(WanModel(tiny_models.T2V, rngs=nnx.Rngs(0)))
@@ -101,6 +102,7 @@ def test_a_list_of_up_to_16_steps_is_unrolled_as_calls_of_one_function(
     assert text.count("func.func private @_distill_step_fn") == unrolled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("watched", [False, True])
 def test_what_is_compiled_ahead_is_what_sampling_calls(watched: bool):
     """After a warm-up nothing is traced again: shapes, types and static arguments are those of the real calls."""

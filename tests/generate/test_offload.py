@@ -12,6 +12,7 @@ from x2v_jax.models import functional
 from x2v_jax.request import Request
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distilled", "base", "causal", "image"])
 def test_blocks_in_the_hosts_memory_give_the_same_video(kind: str, tmp_path: pathlib.Path):
     schedules = {"base": tiny_models.BASE, "causal": tiny_models.CAUSAL}

@@ -118,6 +118,7 @@ def test_three_prompts_are_decided_once_each_and_share_all_that_is_read(
     assert set(headers(found).values()) == {1}, headers(found)
 
 
+@pytest.mark.slow
 def test_the_picture_of_three_prompts_is_decoded_once(folder: pathlib.Path, tmp_path: pathlib.Path):
     i2v = folder / "i2v"
     tiny_models.write_checkpoint(i2v, image=True, schedule=tiny_models.DISTILLED)

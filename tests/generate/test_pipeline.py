@@ -93,6 +93,7 @@ def step_distill_by_hand(velocity: Any, seed: int, shape: tuple[int, ...] = LATE
     return x[0]
 
 
+@pytest.mark.slow
 def test_step_distillation_equals_the_networks_called_by_hand(distilled: Pipeline):
     result = distilled.generate(Request(PROMPT, seed=3))
     model, text = network(distilled, "transformer"), embed(distilled, PROMPT)
@@ -118,6 +119,7 @@ def test_guidance_uses_negative_then_positive_prompt(base: Pipeline, asked: floa
     assert np.linalg.norm(result.latents - expected[0]) < 1e-4 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_image_to_video_conditions_on_the_picture(i2v: Pipeline):
     result = i2v.generate(Request(PROMPT, image=PICTURE, seed=2))
     height, width = image_condition.latent_size(40, 30, 32 * 48)
@@ -152,6 +154,7 @@ def test_the_first_frame_is_pinned_on_request(i2v: Pipeline):
     np.testing.assert_array_equal(pinned.latents[1], plain.latents[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "distilled"])
 def test_watching_the_steps_does_not_change_the_latents(name: str, request: pytest.FixtureRequest):
     pipeline: Pipeline = request.getfixturevalue(name)
@@ -261,6 +264,7 @@ def test_other_exchange_mistakes_are_refused(distilled: Pipeline, base: Pipeline
         distilled.generate(Request(PROMPT, initial_noise=tmp_path / "bad.safetensors"))
 
 
+@pytest.mark.slow
 def test_encoders_leave_the_device_before_denoising(i2v: Pipeline):
     loaded: list[set[str]] = []
 

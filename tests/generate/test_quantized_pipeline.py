@@ -28,6 +28,7 @@ def exact() -> np.ndarray:
     return frames_of(SHAPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", DTYPES)
 def test_the_video_of_8_bit_weights_is_close_to_that_of_bfloat16(tmp_path, exact, word):
     everything = ("transformer", "text_encoder")
@@ -42,6 +43,7 @@ def test_the_video_of_8_bit_weights_is_close_to_that_of_bfloat16(tmp_path, exact
     assert LEAST_PSNR[word] < psnr < 70, f"{psnr:.1f} dB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", DTYPES)
 def test_weights_reach_the_device_as_they_are(tmp_path, word):
     source = tiny_models.write_checkpoint(tmp_path / "source", image=True)

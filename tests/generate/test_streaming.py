@@ -86,6 +86,7 @@ def near(a: np.ndarray, b: np.ndarray) -> None:
     assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_blocks_come_in_order_and_are_what_generate_collects(pipeline: Pipeline):
     request = Request(PROMPT, seed=3)
     blocks = list(pipeline.stream_blocks(request))
@@ -190,6 +191,7 @@ def test_an_endless_video_saves_what_a_continuation_needs(pipeline: Pipeline, tm
         pipeline.generate(Request(PROMPT, endless=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latents", "collected"])
 def test_a_continuation_is_seamless(pipeline: Pipeline, tmp_path: pathlib.Path, kind: str):
     file = tmp_path / "l.safetensors"
@@ -221,6 +223,7 @@ def test_fragments_go_on_as_if_they_had_never_stopped(pipeline: Pipeline, tmp_pa
     near(rest.frames, whole.frames[33:])
 
 
+@pytest.mark.slow
 def test_a_video_file_is_encoded_and_continued(pipeline: Pipeline, tmp_path: pathlib.Path):
     frames = np.random.default_rng(0).integers(0, 255, (35, 32, 48, 3), np.uint8)
     write_video(tmp_path / "v.mp4", frames, 16)
@@ -277,6 +280,7 @@ def test_an_image_is_held_for_the_first_block(pipeline: Pipeline):
         pipeline.generate(Request(PROMPT, image=PICTURE, num_frames=9))
 
 
+@pytest.mark.slow
 def test_an_image_is_one_frame_where_the_first_frame_is_a_block(first_alone: Pipeline):
     made = first_alone.generate(Request(PROMPT, seed=3, image=PICTURE, num_frames=25))
     video = PICTURE[None, None].astype(np.float32) / 127.5 - 1
@@ -286,6 +290,7 @@ def test_an_image_is_one_frame_where_the_first_frame_is_a_block(first_alone: Pip
     assert [len(block.frames) for block in blocks] == [1, 12, 12]
 
 
+@pytest.mark.slow
 def test_noise_is_exchanged_as_a_file(pipeline: Pipeline, first_alone: Pipeline, tmp_path: pathlib.Path):
     """Given the noise that the seed stands for, the latents are the same."""
     initial, between = keyed_noise(jax.random.key(5))
@@ -337,6 +342,7 @@ def test_a_block_that_is_not_finite_ends_the_video(pipeline: Pipeline, monkeypat
         next(blocks)
 
 
+@pytest.mark.slow
 def test_tiles_are_streamed_too(pipeline: Pipeline):
     tiled = Pipeline(pipeline.checkpoint, dtype="float32", vae_decode="tiled")
     request = Request(PROMPT, seed=3, num_frames=9)

@@ -22,6 +22,7 @@ def vae() -> Network:
     return Network("vae", tiny_models.VAE, tensors, dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_streaming_and_tiling_give_the_whole_video(vae: Network):
     latents = jax.random.normal(jax.random.key(0), (1, 3, 2, 40, 16))
     whole = VaeRunner(vae, "whole").decode(latents)
@@ -32,6 +33,7 @@ def test_streaming_and_tiling_give_the_whole_video(vae: Network):
     assert np.abs(tiled[:, :, :48].astype(int) - whole[:, :, :48]).mean() < 1
 
 
+@pytest.mark.slow
 def test_encoding_in_pieces_gives_the_same_latents(vae: Network, monkeypatch: pytest.MonkeyPatch):
     video = jax.random.uniform(jax.random.key(0), (1, 9, 16, 32, 3), minval=-1)
     whole = VaeRunner(vae).encode(video)
@@ -39,6 +41,7 @@ def test_encoding_in_pieces_gives_the_same_latents(vae: Network, monkeypatch: py
     np.testing.assert_allclose(VaeRunner(vae).encode(video), whole, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_still_is_encoded_as_the_video_that_it_stands_for(vae: Network):
     picture = jax.random.uniform(jax.random.key(0), (1, 1, 16, 32, 3), minval=-1)
     video = np.concatenate([picture, np.zeros((1, 8, 16, 32, 3), np.float32)], axis=1)
@@ -63,6 +66,7 @@ def test_auto_stays_within_what_it_may_take(vae: Network, monkeypatch: pytest.Mo
     assert VaeRunner(vae, available=1 << 40).decode_method((3, 64, 64)) == "tiled"
 
 
+@pytest.mark.slow
 def test_the_trained_vae_in_half_precision_differs_by_less_than_a_level():
     """45 dB is where an error of 8-bit levels begins to be of their size; measured are 59 to 60 on these latents."""
     checkpoint = open_checkpoint(pathlib.Path(__file__).resolve().parents[2] / "assets/shapes_t2v_4step")

@@ -116,6 +116,7 @@ def test_a_base_checkpoint_reruns_too_and_changed_inputs_are_noticed(
     assert "n.safetensors has changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompt_files_give_one_numbered_video_a_line(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     pathlib.Path("prompts.txt").write_text("a red circle\n\n  a blue square  \r\n")
     arguments = keys(checkpoint, prompt_file="prompts.txt", num_videos=2, seed=7, num_frames=1, progress="false")

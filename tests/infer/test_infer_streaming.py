@@ -99,6 +99,7 @@ def test_rerun_repeats_the_video_exactly(checkpoint: pathlib.Path, capsys: pytes
     assert settings("v.mp4")["config"]["prompt_schedule"] == [[0.5, "a red circle moves"]]
 
 
+@pytest.mark.slow
 def test_prompt_files_and_several_videos_work(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     pathlib.Path("prompts.txt").write_text("a red circle\na blue square\n")
     assert run(*keys(checkpoint, prompt_file="prompts.txt", num_videos=2, num_frames=5, progress="false")) == 0
@@ -111,6 +112,7 @@ def test_prompt_files_and_several_videos_work(checkpoint: pathlib.Path, capsys: 
     np.testing.assert_array_equal(read_frames(capsys.readouterr().out.strip()), videos[2])
 
 
+@pytest.mark.slow
 def test_a_length_on_the_command_line_replaces_that_of_the_config(
     checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -131,6 +133,7 @@ def test_a_length_on_the_command_line_replaces_that_of_the_config(
     assert "num_frames is 13 and seconds is 2.0; the length is said once" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_from_latents_and_from_the_file_itself(checkpoint: pathlib.Path):
     common = keys(checkpoint, prompt="a red circle", progress="false")
     assert (
@@ -313,6 +316,7 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("block", [0, 1, 4])
@@ -404,6 +408,7 @@ def test_a_failure_of_the_model_mid_stream_keeps_the_blocks_before(
     assert len(read_frames("v.mp4")) == 13 and settings("v.mp4")["interrupted"] is True
 
 
+@pytest.mark.slow
 def test_block_k_is_in_the_file_before_block_k_plus_2_is_begun(
     checkpoint: pathlib.Path, fake: type[FakePipeline], capsys: pytest.CaptureFixture[str]
 ):
@@ -445,6 +450,7 @@ def test_endless_videos_grow_until_they_are_interrupted(checkpoint: pathlib.Path
     assert settings("v.mp4")["size"]["frames"] == frames and settings("v.mp4")["interrupted"] is True
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_video_that_reruns(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     process = started(*keys(checkpoint, endless="true", prompt="a red circle", output="v.mp4"))
     assert process.stderr is not None

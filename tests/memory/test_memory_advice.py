@@ -62,6 +62,7 @@ def exhausted(*_: Any, **__: Any) -> Any:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
 
+@pytest.mark.slow
 def test_a_full_device_is_explained_whatever_was_running(distilled: Pipeline, monkeypatch: pytest.MonkeyPatch):
     for owner, name in ((VaeRunner, "decode"), (type(distilled._components.denoiser), "sample_step_distill")):
         with monkeypatch.context() as patch:

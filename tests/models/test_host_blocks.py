@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_models
 from flax import nnx
 
@@ -39,6 +40,7 @@ def copies(function: object, *arguments: object) -> int:
     return lowered.as_text().count("@annotate_device_placement")
 
 
+@pytest.mark.slow
 def test_a_network_with_blocks_on_the_host_gives_the_same_velocity_and_keys():
     model = WanModel(tiny_models.I2V, rngs=nnx.Rngs(0), dtype=jnp.float32)
     graphdef, params = functional.split(model)

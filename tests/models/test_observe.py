@@ -33,6 +33,7 @@ def network(*, host: bool = False):
     return lambda: call(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [False, True])
 def test_every_input_is_heard_once_a_layer(host: bool):
     call = network(host=host)

@@ -88,6 +88,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize(("component", "config"), CASES, ids=["t2v", "i2v", "umt5", "clip"])
 def test_the_result_is_that_of_the_weights_dequantized(component, config, quantization):
@@ -103,6 +104,7 @@ def test_the_result_is_that_of_the_weights_dequantized(component, config, quanti
     assert 1e-4 < relative(rounded, expected) < ADDED[quantization]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_every_way_of_attending_runs_in_8_bits(quantization):
     """Block-causal, from a cache, and after constant frames: the three agree, as those of floats do."""

@@ -92,6 +92,7 @@ def case(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny_models.T2V, tiny_models.I2V], ids=["t2v", "i2v"])
 def test_without_rounding_the_result_is_the_same(case, config):
     """Whether frames share a timestep or have their own, whatever gradients keep, wherever weights lie."""
@@ -106,6 +107,7 @@ def test_without_rounding_the_result_is_the_same(case, config):
             assert relative(made(lambda model, t=timestep: model(latents, t, text, image)), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_every_causal_way_of_attending_gives_the_same(case):
     config = tiny_models.T2V
     flat, even = case(config)
@@ -129,6 +131,7 @@ def test_every_causal_way_of_attending_gives_the_same(case):
         assert relative(one, other) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["8bit", "16bit"])
 @pytest.mark.parametrize("factor", [20, 100])
 def test_smoothing_takes_the_loss_of_a_few_large_channels(tmp_path, activations, factor):

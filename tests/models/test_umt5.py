@@ -57,6 +57,7 @@ def test_buckets_at_the_borders_of_the_published_table():
     np.testing.assert_array_equal(before[1:], after[1:] - 16)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_how_much_padding_there_is(model):
     ids = np.array([[3, 7, 11, 1], [9, 1, 0, 0]])
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])

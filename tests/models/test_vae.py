@@ -32,6 +32,7 @@ def latents() -> jax.Array:
     return jax.random.normal(jax.random.key(2), (1, 4, 4, 4, 16))
 
 
+@pytest.mark.slow
 def test_encoding_in_chunks_equals_encoding_the_whole(vae: WanVae, video: jax.Array):
     whole = jax.jit(vae.encode)(video)
     assert whole.shape == (1, 4, 2, 3, 16)
@@ -41,6 +42,7 @@ def test_encoding_in_chunks_equals_encoding_the_whole(vae: WanVae, video: jax.Ar
     np.testing.assert_allclose(jnp.concatenate([first, second, third], 1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames_per_chunk", [1, 2, 3])
 def test_decoding_in_chunks_equals_decoding_the_whole(vae: WanVae, latents: jax.Array, frames_per_chunk: int):
     whole = jax.jit(vae.decode)(latents)
@@ -60,6 +62,7 @@ def test_a_single_frame_is_coded_alone(vae: WanVae, video: jax.Array):
     assert jax.eval_shape(vae.decode, latent).shape == (1, 1, 16, 24, 3)
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_from_a_latent_frame_to_later_pixels(vae: WanVae, video: jax.Array):
     def second_latent(video: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(vae.encode(video)[:, 1]))
@@ -69,12 +72,14 @@ def test_no_gradient_flows_from_a_latent_frame_to_later_pixels(vae: WanVae, vide
     assert jnp.any(gradient[:, 1:5] != 0)
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_from_a_pixel_to_later_latent_frames(vae: WanVae, latents: jax.Array):
     gradient = jax.jit(jax.grad(lambda z: jnp.sum(jnp.square(vae.decode(z)[:, 1:5]))))(latents * 0.1)
     assert jnp.all(gradient[:, 2:] == 0)
     assert jnp.any(gradient[:, 1] != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_convolutions_of_three_frames_are_those_of_three_axes(frames: int):
     before, x, kernel = (
@@ -119,6 +124,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
     assert parameter_count(params) == 126_892_531
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32(vae: WanVae, latents: jax.Array):
     graphdef, _ = abstract(lambda: WanVae(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     half = merge(graphdef, split(vae)[1])

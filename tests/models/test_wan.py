@@ -53,6 +53,7 @@ def test_patches_come_back_in_place():
     np.testing.assert_array_equal(_unpatchify(tokens, (3, 2, 3), (1, 2, 2)), x)
 
 
+@pytest.mark.slow
 def test_every_input_reaches_the_velocity(t2v: WanModel, inputs: tuple[jax.Array, jax.Array, jax.Array]):
     latents, timestep, text = inputs
     base = t2v(latents, timestep, text)
@@ -75,6 +76,7 @@ def test_items_of_a_batch_do_not_mix(t2v: WanModel, inputs: tuple[jax.Array, jax
     np.testing.assert_allclose(together[1:], alone, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_image_to_video_takes_mask_latents_and_features():
     config = WanConfig(**TINY, model_type="i2v", in_dim=36, clip_dim=8)
     model = _model(config)
@@ -88,6 +90,7 @@ def test_image_to_video_takes_mask_latents_and_features():
         model(latents, jnp.array([500.0]), text)
 
 
+@pytest.mark.slow
 def test_a_new_model_predicts_zero_velocity(inputs: tuple[jax.Array, jax.Array, jax.Array]):
     model = WanModel(WanConfig(**TINY), rngs=nnx.Rngs(0))
     assert float(jnp.abs(model(*inputs)).max()) == 0.0

@@ -1,18 +1,12 @@
 """The networks, samplers and mergers against numbers recorded from the published implementations, in float32."""
 
-import pytest
-
 from tests.reference.cases_lib.case import Case
 from tests.reference.cases_lib.measure import measure
-from tests.reference.cases_lib.registry import LATER_KINDS
 
 
 def test_case(case_path, record_rows, request):
     name = request.node.callspec.id
     case = Case.load(case_path)
-    if case.kind in LATER_KINDS:
-        record_rows([(name, "kind not supported yet", None, None)])
-        pytest.skip(f"kind not supported yet: {case.kind}")
     try:
         measurements = measure(case)
     except Exception as error:

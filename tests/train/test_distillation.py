@@ -61,6 +61,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[
     return task, config, *before_and_after(task, config)
 
 
+@pytest.mark.slow
 def test_distribution_matching_teaches_two_steps(distilled: Any):
     _, _, before, after, _ = distilled
     assert before["all"] < 0.5
@@ -91,6 +92,7 @@ def test_the_student_runs_in_the_pipeline_and_shares_the_teachers_encoders(disti
     assert frames.shape == (33, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_lora_learns_too_and_its_export_is_the_merged_model_and_three_files(tmp_path: pathlib.Path):
     config = small(t2v_dmd.get_config(), tmp_path / "run", steps=6, learning_rate=2e-3)
     config.lora = ConfigDict({"rank": 4, "alpha": 4.0})
@@ -108,6 +110,7 @@ def test_a_lora_learns_too_and_its_export_is_the_merged_model_and_three_files(tm
     assert difference["blocks.ffn.linear_1.kernel"] > 0.005 > difference["head.linear.kernel"]
 
 
+@pytest.mark.slow
 def test_self_forcing_teaches_a_causal_student_from_bidirectional_weights(tmp_path: pathlib.Path):
     config = small(self_forcing.get_config(), tmp_path, steps=25)
     before, after, _ = before_and_after(DmdTask(config), config)
@@ -116,6 +119,7 @@ def test_self_forcing_teaches_a_causal_student_from_bidirectional_weights(tmp_pa
     assert after["found"] > before["found"] + 0.4
 
 
+@pytest.mark.slow
 def test_causvid_teaches_a_causal_student_from_real_videos(tmp_path: pathlib.Path):
     config = small(shapes_causvid.get_config(), tmp_path, steps=25)
     task = CausVidTask(config)
@@ -161,6 +165,7 @@ def test_the_solvers_grid_passes_through_every_level_of_the_student():
         trajectory_grid(tuple(np.linspace(1, 0.1, 9).tolist()), 3.0, 4)
 
 
+@pytest.mark.slow
 def test_regression_to_the_ends_of_trajectories_starts_a_causal_student(pairs: ConfigDict, tmp_path: pathlib.Path):
     config = small(shapes_causal_ode_init.get_config(), tmp_path, steps=30, learning_rate=1e-3)
     config.pairs = pairs.output
@@ -180,6 +185,7 @@ def continuing(pairs: ConfigDict, run_dir: pathlib.Path, **settings: Any) -> Dmd
     return DmdTask(config)
 
 
+@pytest.mark.slow
 def test_a_chain_of_own_videos_is_each_gone_on_from_under_prompts_in_turn(pairs: ConfigDict, tmp_path: pathlib.Path):
     task = continuing(pairs, tmp_path, own_share=1.0)
     weights, key = task.init(jax.random.key(0))["generator"], jax.random.key(1)
@@ -200,6 +206,7 @@ def test_a_chain_of_own_videos_is_each_gone_on_from_under_prompts_in_turn(pairs:
         np.testing.assert_allclose(chained.given, given, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_chains_of_own_videos_have_all_lengths_and_both_roles_learn_from_them(
     pairs: ConfigDict, tmp_path: pathlib.Path
 ):
@@ -286,6 +293,7 @@ class Damaged(DmdTask):
         return params | {"generator": jax.tree.unflatten(tree, noisy)}
 
 
+@pytest.mark.long
 def test_image_to_video_learns_from_first_frames(tmp_path: pathlib.Path):
     config = small(shapes_i2v_dmd.get_config(), tmp_path, steps=20)
     config.evaluation.prompts = 16

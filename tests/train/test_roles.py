@@ -94,6 +94,7 @@ def test_updates_with_exploding_gradients_are_left_out_and_counted(tmp_path: pat
     assert [line for line in lines(tmp_path) if line.get("critic/skipped", 0) > 0]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_loss_and_split_the_weights(tmp_path: pathlib.Path, whole: Any):
     told = finish(start(tmp_path, 20, 8))
     assert told["devices"] == 8
@@ -103,6 +104,7 @@ def test_eight_devices_give_the_same_loss_and_split_the_weights(tmp_path: pathli
         assert losses == pytest.approx({name: eight[name] for name in losses}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on(tmp_path: pathlib.Path, whole: Any):
     finish(start(tmp_path, 8, 4))
     state = train(make_config(str(tmp_path), 20, resume_any=True), TwoRoles())
@@ -111,6 +113,7 @@ def test_another_number_of_devices_goes_on(tmp_path: pathlib.Path, whole: Any):
     assert_same_weights(state, whole[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_phase_goes_on_to_the_very_same_state(tmp_path: pathlib.Path):
     arguments = (180, 1, 1, 3)  # three phases of 60 steps, a checkpoint every four
     finish(start(tmp_path / "whole", *arguments))

@@ -52,6 +52,7 @@ def leaves_close(a: Any, b: Any, tolerance: float) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exit_step", [0, 1, 2])
 def test_a_whole_video_is_what_the_sampler_makes_up_to_the_exit_step(batch: Batch, exit_step: int):
     graph, params = model_params()
@@ -73,6 +74,7 @@ def test_a_whole_video_is_what_the_sampler_makes_up_to_the_exit_step(batch: Batc
     np.testing.assert_allclose(x0, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_whole_video_is_that_of_its_last_evaluation(batch: Batch):
     graph, params = model_params()
     rollout = WholeVideo(graph, SHAPE, SIGMAS)
@@ -100,6 +102,7 @@ def causal_rollout(graph: Any, window: int | None = None) -> BlockByBlock:
     return BlockByBlock(graph, CONFIG, SHAPE, SIGMAS, block=2, window=window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [0, 2])
 def test_blocks_are_those_of_inference(batch: Batch, given: int):
     graph, params = model_params()
@@ -123,9 +126,17 @@ def test_blocks_are_those_of_inference(batch: Batch, given: int):
     np.testing.assert_allclose(x0, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "given", "window"),
-    [("none", 0, 4), ("attention", 0, 4), ("block", 0, 4), ("none", 1, 4), ("block", 2, 4)],
+    [
+        ("none", 1, 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("none", 0, 4), ("attention", 0, 4), ("block", 0, 4))
+        ),
+        pytest.param("block", 2, 4, marks=pytest.mark.long),
+    ],
 )
 def test_the_gradient_block_by_block_is_that_of_plain_autodiff_with_a_detached_cache(
     batch: Batch, remat: str, given: int, window: int
@@ -170,6 +181,7 @@ def test_the_gradient_block_by_block_is_that_of_plain_autodiff_with_a_detached_c
     leaves_close(pull(params), expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_noised_videos_have_a_level_in_each_block_and_clean_blocks_stay_as_they_are(batch: Batch):
     graph, params = model_params()
     rollout = NoisedVideos(graph, SHAPE, SIGMAS, block=2)
@@ -184,6 +196,7 @@ def test_noised_videos_have_a_level_in_each_block_and_clean_blocks_stay_as_they_
     np.testing.assert_array_equal(np.asarray(x0)[clean], many.latents[clean])
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch(batch: Batch):
     graph, params = model_params()
     rollout = WholeVideo(graph, SHAPE, SIGMAS)

@@ -37,6 +37,7 @@ def test_the_video_moves_the_way_the_scene_says(scenes: world.Scene):
     np.testing.assert_allclose(moved, step * np.asarray(few.path)[:, None], atol=0.3)
 
 
+@pytest.mark.slow
 def test_a_clip_is_a_stretch_of_the_whole(scenes: world.Scene):
     one = world.Scene(*(field[:1] for field in scenes))
     whole = world.render(one)

@@ -66,6 +66,7 @@ def trained_base(trained_vae: pathlib.Path, tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
+@pytest.mark.long
 def test_the_vae_learns_to_reconstruct(trained_vae: pathlib.Path):
     values = losses(trained_vae)
     assert min(values[-3:]) < 0.75 * values[0]
@@ -89,11 +90,13 @@ def test_a_new_vae_treats_frames_as_images():
     assert not params["time_conv"]["kernel"][:2].any()
 
 
+@pytest.mark.slow
 def test_flow_matching_learns(trained_base: pathlib.Path):
     values = losses(trained_base)
     assert values[-1] < 0.8 * values[0]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trained_vae: pathlib.Path):
     config = base_config(trained_base, trained_vae)
     first = FlowMatchingTask(config).init(jax.random.key(0))["model"]
@@ -114,6 +117,7 @@ def test_latents_are_made_once(trained_base: pathlib.Path):
         assert 0.5 < stored["latents"].std() < 2.0
 
 
+@pytest.mark.slow
 def test_the_export_runs_in_the_pipeline(trained_base: pathlib.Path):
     pipe = Pipeline.from_checkpoint(trained_base / "export")
     frames = pipe("a red circle moves left", num_inference_steps=2, num_frames=5)

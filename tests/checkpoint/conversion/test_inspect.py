@@ -37,6 +37,7 @@ def test_a_folder_with_two_variants(tmp_path):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint(tmp_path):
     official_folder(tmp_path / "src", image=True)
     convert(tmp_path / "src", tmp_path / "native")
@@ -50,6 +51,7 @@ def test_a_native_checkpoint(tmp_path):
     assert "vae.safetensors is missing" in network(broken, "vae").problems[0]
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_with_a_cut_file_is_damaged_and_not_offered_to_run(tmp_path):
     official_folder(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "native")

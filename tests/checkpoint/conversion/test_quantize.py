@@ -136,6 +136,7 @@ def test_the_matrices_are_those_that_lightx2v_quantizes(config, count, share):
         assert sum(len(row.official_keys) for row in rows if row.is_quantizable) == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", WORDS)
 def test_quantizing_a_published_folder(tmp_path, word):
     made = official_folder(tmp_path / "src", image=True)
@@ -172,6 +173,7 @@ def test_floats_alone_are_still_written_as_version_1(tmp_path):
     assert (model["format_version"], model["quantization"]) == (1, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", WORDS)
 def test_lightx2vs_own_files_are_kept_and_come_back_bit_for_bit(tmp_path, word):
     made = official_folder(tmp_path / "src", image=True, transformer=False)

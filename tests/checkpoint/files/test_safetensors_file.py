@@ -73,7 +73,7 @@ ARRAYS = hnp.arrays(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(st.dictionaries(NAMES, ARRAYS, max_size=6), st.dictionaries(NAMES, st.text(max_size=20), max_size=3))
 def test_both_libraries_read_what_either_writes(tmp_path_factory, tensors, metadata):
     path = tmp_path_factory.getbasetemp() / "round.safetensors"
@@ -230,7 +230,7 @@ def read_or_refuse(path: pathlib.Path) -> None:
             np.array(tensor.read())
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=5))
 def test_mutated_files_are_read_or_refused(tmp_path_factory, mutations):
     raw = bytearray((DATA / "dtypes.safetensors").read_bytes())
@@ -255,7 +255,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.dictionaries(st.text(max_size=4), ENTRIES | JSON, max_size=4), st.binary(max_size=40))
 def test_random_headers_are_read_or_refused(tmp_path_factory, header, data):
     read_or_refuse(forge(tmp_path_factory.getbasetemp() / "random.safetensors", header, data))

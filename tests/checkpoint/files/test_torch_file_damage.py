@@ -232,7 +232,7 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, name):
     path = tmp_path_factory.mktemp("fuzz") / "a.pth"
     mutation = st.tuples(st.integers(0, len(original) - 1), st.integers(0, 255))
 
-    @settings(max_examples=120, deadline=None, derandomize=True)
+    @settings(max_examples=120, derandomize=True)
     @given(st.lists(mutation, min_size=1, max_size=4), st.integers(0, len(original)))
     def check(mutations, length):
         raw = bytearray(original)
@@ -245,7 +245,7 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, name):
     check()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(pickle_reader._OPCODES)), max_size=30), st.binary(max_size=20))
 def test_any_run_of_opcodes_is_read_or_refused(tmp_path_factory, opcodes, arguments):
     pickled = b"\x80\x02" + bytes(opcodes) + arguments + b"."

@@ -43,7 +43,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
         assert result[name].read().tobytes() == expected.tobytes()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=20),

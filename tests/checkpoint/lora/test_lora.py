@@ -357,7 +357,7 @@ KEYS = st.lists(
 
 
 @hypothesis.given(st.dictionaries(KEYS, st.sampled_from([(), (1,), (8,), (2, 8), (8, 2), (8, 8), (0, 8)]), max_size=5))
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100)
 def test_any_mixture_of_keys_and_shapes_is_merged_in_full_or_refused(tmp_path_factory, shapes):
     path = write(tmp_path_factory.mktemp("any") / "l.safetensors", {k: np.ones(s, "f4") for k, s in shapes.items()})
     try:
@@ -649,7 +649,7 @@ def test_a_lora_argument_without_a_file_or_with_a_bad_strength_is_refused(text):
 @hypothesis.given(
     st.text(max_size=30) | st.from_regex(r"[a-zC:.\\/]{0,12}(\.safetensors|\.pt)?(:[0-9.e+-]{0,5})?", fullmatch=True)
 )
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 def test_any_lora_argument_is_read_or_refused(text):
     try:
         path, strength = parse_lora_argument(text)

@@ -146,7 +146,7 @@ KEYS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=10).map(".".joi
 
 
 @hypothesis.given(KEYS)
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 def test_any_key_is_parsed_or_left_but_never_breaks(key):
     parsed = parse_key(key)
     refused_kind(key)
@@ -159,7 +159,7 @@ def test_any_key_is_parsed_or_left_but_never_breaks(key):
 
 
 @hypothesis.given(st.sampled_from(OFFICIAL), st.sampled_from(["lora_A.weight", "lora_up.weight", "diff", "diff_b"]))
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100)
 def test_a_made_key_comes_back_as_the_module_it_was_made_of(key, suffix):
     module = key.rpartition(".")[0]
     parsed = parse_key(f"diffusion_model.{module}.{suffix}")

@@ -83,6 +83,7 @@ def test_a_clip_without_projection_is_exported_without_one(tmp_path):
     assert config["architectures"] == ["CLIPVisionModel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
 def test_what_is_exported_converts_to_the_same_files(tmp_path, layout):
     official_folder(tmp_path / "src", image=True)
@@ -186,6 +187,7 @@ def test_arrays_are_transposed_exactly_in_strips():
             assert turned.flags.c_contiguous and np.array_equal(turned, values.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_latent_statistics_of_another_vae_survive_and_are_spoken_of(tmp_path, layout, alone):
@@ -201,6 +203,7 @@ def test_latent_statistics_of_another_vae_survive_and_are_spoken_of(tmp_path, la
     assert vae.latents_mean == (0.5,) * 16 and vae.latents_std == (2.0,) * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["distill", '{"height": 64, "shift": 3.5, "negative_prompt": "it\'s bad"}'])
 @pytest.mark.parametrize("layout", ["wan", "lightx2v", "diffusers"])
 def test_the_note_about_the_schedule_brings_it_back(tmp_path, layout, schedule):

@@ -143,6 +143,7 @@ def test_a_lora_is_merged_before(tmp_path, source, calibration):
         np.testing.assert_array_equal(tensor.read(), two[name].read(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", WORDS)
 def test_multiplying_out_undoes_the_factors(tmp_path, source, calibration, word):
     convert(source, tmp_path / "smooth", options(calibration.path, word))
@@ -236,6 +237,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path, source, calib
             open_checkpoint(_edited(tmp_path / "smooth", value))
 
 
+@pytest.mark.slow
 def test_what_cannot_take_the_factors_is_refused(tmp_path, source, calibration):
     out = tmp_path / "smooth"
     convert(source, out, options(calibration.path))
@@ -273,6 +275,7 @@ def test_what_cannot_take_the_factors_is_refused(tmp_path, source, calibration):
     assert open_checkpoint(tmp_path / "t").quantization("text_encoder") == "int8"
 
 
+@pytest.mark.slow
 def test_where_only_others_change_it_is_carried_over_bit_for_bit(tmp_path, source, calibration):
     convert(source, tmp_path / "one", options(calibration.path, smooth_alpha=0.4))
     changes = ConversionOptions(quantize="int8", quantize_components=("text_encoder",))

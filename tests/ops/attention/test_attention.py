@@ -19,6 +19,7 @@ def _random(seed: int, *shape: int) -> np.ndarray:
     return np.asarray(jax.random.normal(jax.random.key(seed), shape), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (10, 3)])
 def test_attention_equals_the_formula(queries: int, keys: int):
     q, k, v = _random(0, 2, queries, 3, 8), _random(1, 2, keys, 3, 8), _random(2, 2, keys, 3, 8)
@@ -49,6 +50,7 @@ def test_large_logits_do_not_overflow():
 
 
 # Three queries of one head at a time; two of the six heads at a time.
+@pytest.mark.slow
 @pytest.mark.parametrize("max_scores", [15, 110])
 @pytest.mark.parametrize("key_length", [None, 3])
 def test_blocks_change_neither_values_nor_gradients(

@@ -43,6 +43,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     self_check.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_a_program_for_cuda_has_the_kernel_and_one_for_cpu_the_simulation(precision: str):
     arrays = qkv()
@@ -53,6 +54,7 @@ def test_a_program_for_cuda_has_the_kernel_and_one_for_cpu_the_simulation(precis
     same(here(*arrays), simulated, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("d", "dtype"), [(64, jnp.bfloat16), (12, jnp.bfloat16), (256, jnp.float16), (128, jnp.float32)]
 )
@@ -146,6 +148,7 @@ def test_what_cannot_be_is_refused(arguments: dict, said: str):
         attention(*qkv(), **arguments)
 
 
+@pytest.mark.slow
 def test_a_clip_in_8_bits_is_one_kernel_on_cuda_and_one_quantization_on_cpu():
     q, k, v = qkv(queries=72, keys=72)
     spans = [Span(0, 24, 0, 24), Span(24, 48, 8, 48), Span(48, 72, 24, 72, 8)]

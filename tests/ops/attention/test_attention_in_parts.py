@@ -40,6 +40,7 @@ def _in_parts(q, source, length, rows):
 
 
 # 20 rows are parts of 8, 8 and 4; 37 queries are tiles of 16, the last cut short; 5 are one tile.
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "rows", "batch"), [(37, 20, 1), (5, 20, 2), (37, 24, 1), (5, 3, 1)])
 def test_parts_change_nothing_at_any_length(small_parts, queries: int, rows: int, batch: int):
     q, source = _inputs(queries, rows, batch)
@@ -64,6 +65,7 @@ def test_large_scores_do_not_overflow(small_parts):
         np.testing.assert_allclose(out, attention(q * factor, k[LAYER], v[LAYER]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sums_are_float32_whatever_the_type(small_parts):
     q, source = jax.tree.map(jnp.bfloat16, _inputs(16, 512))
     exact = attention(*(jnp.float32(x) for x in (q, source[0][LAYER], source[1][LAYER])))

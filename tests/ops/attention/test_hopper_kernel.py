@@ -71,6 +71,7 @@ def check(precision: str, queries: int, keys: int, length: int | None, config: H
     np.testing.assert_allclose(log_sum_exp, far_lse, atol=1e-4 if precision == "full" else 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "length"),
     [(p, n) for p in ("full", "int8", "e4m3_all") for n in (1, 127, 128, 129, 300)]
@@ -80,11 +81,13 @@ def test_any_length_counts_exactly_so_many_keys(precision: str, length: int):
     check(precision, 40, 300, length, ONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["full", "int8", "e4m3", "e4m3_all"])
 def test_two_warpgroups_take_turns(precision: str):
     check(precision, 130, 392, None, HopperConfig(), heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "config"),
     [
@@ -101,6 +104,7 @@ def test_every_configuration_computes_the_same(precision: str, config: HopperCon
 
 
 # No multiple of anything; one query; as many as a tile; text and image of cross attention.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "queries", "keys"),
     [("full", 1, 3), ("full", 64, 128), ("full", 65, 129), ("full", 9, 512), ("int8", 70, 257), ("e4m3_all", 3, 9)],
@@ -141,6 +145,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clip", "precision"),
     [("causal", "full"), ("window", "full"), ("sink", "full"), ("sink", "int8"), ("window", "e4m3_all")],
@@ -183,6 +188,7 @@ BIG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "precision"),
     [(shape, precision) for shape in BIG for precision in PRECISIONS],

@@ -35,6 +35,7 @@ def relative(x, y) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian", "channels"])
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_errors_are_those_of_the_rounding(precision: str, kind: str):
@@ -53,6 +54,7 @@ def test_heavy_tails_cost_e4m3_most(precision: str, bound: float):
     assert relative(ours, attention(*inputs)) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_a_number_added_to_all_keys_changes_nothing(precision: str):
     q, k, v = arrays(32, 200)
@@ -64,7 +66,8 @@ def test_a_number_added_to_all_keys_changes_nothing(precision: str):
     np.testing.assert_allclose(moved[1], plain[1] + shift, atol=2e-2)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12)
 @given(
     queries=st.integers(1, 20),
     keys=st.integers(1, 140),
@@ -91,6 +94,7 @@ def test_any_shape_and_length(queries, keys, heads, d, precision, dtype, data):
     assert np.abs(np.asarray(out, np.float64) - np.asarray(far, np.float64)).max() < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_chunks_of_queries_change_nothing(precision: str, monkeypatch: pytest.MonkeyPatch):
     inputs = arrays(37, 300, batch=2)

@@ -34,6 +34,7 @@ def rounded(q: jax.Array, precision: Precision) -> tuple[QuantizedRows, jax.Arra
     return rows._replace(source=jnp.zeros_like(q)), rows.values.astype(jnp.float32) * rows.scale[..., None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_it_is_the_attention_of_the_rounded_numbers(precision: Precision):
     q, k, v = inputs(dtype=jnp.float32)
@@ -52,6 +53,7 @@ def test_tokens_of_zeros_attend_to_all_keys_alike():
     np.testing.assert_allclose(ours, jnp.broadcast_to(v[:, :30].mean(1, keepdims=True), ours.shape), atol=3e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", EIGHT_BIT)
 def test_the_kernel_takes_them(precision: Precision, monkeypatch: pytest.MonkeyPatch):
     teach(monkeypatch)
@@ -66,6 +68,7 @@ def test_the_kernel_takes_them(precision: Precision, monkeypatch: pytest.MonkeyP
     assert relative(ours, attention(numbers, k, v, scale=0.1, precision=precision, implementation="reference")) < 4e-3
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_was_rounded():
     q, k, v = inputs(9, 30, d=16, dtype=jnp.float32)
 

@@ -47,6 +47,7 @@ def truth(x, weight, scale, bias, gate, residual, gelu):
 
 # Rows: within a warpgroup's part of a tile, to its end, into the second part, and not a multiple of eight; one and two
 # blocks of a cluster have some.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "m", "config", "epilogue", "gelu"),
     [
@@ -125,6 +126,7 @@ def test_rows_are_quantized_as_by_the_reference(width, groups, dtype, sum_of):
     np.testing.assert_array_equal(np.asarray(rows.values).view(np.uint8), np.asarray(want.values).view(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rows", "matrices"),
     [("int8", 32760, WAN_MATRICES[:3]), ("float8_e4m3fn", 75600, WAN_MATRICES[3:6]), ("int8", 512, WAN_MATRICES[6:])],

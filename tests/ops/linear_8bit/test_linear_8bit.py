@@ -28,7 +28,7 @@ def relative(x: jax.Array, y: jax.Array) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     lead=st.sampled_from([(), (1,), (5,), (2, 3)]),
     n=st.sampled_from([1, 20]),

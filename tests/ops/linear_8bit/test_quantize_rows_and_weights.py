@@ -15,7 +15,7 @@ LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 DTYPES = tuple(LARGEST)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     shape=st.sampled_from([(1, 1, 1), (2, 9, 40), (1, 5, 33)]),
     exponent=st.integers(-6, 6),
@@ -52,7 +52,7 @@ def test_a_sum_is_rounded_once(dtype):
     assert all((gradient == 1).all() for gradient in gradients)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     shape=st.sampled_from([(1, 1), (9, 40), (5, 33)]),
     exponent=st.integers(-7, 3),

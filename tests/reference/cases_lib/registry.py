@@ -33,6 +33,3 @@ KINDS: dict[str, Kind] = {
     "dmd_loss": Kind(kinds_dmd.dmd_loss, "distribution matching loss and its gradient"),
     "lora": Kind(kinds_lora.lora, "LoRA merged into the weights"),
 }
-
-# Kinds that are recorded before the library can answer them; their cases are skipped, not failed. None at present.
-LATER_KINDS: frozenset[str] = frozenset()
