@@ -54,6 +54,7 @@ def test_a_video_is_timed_part_by_part(settings: Settings):
     assert rows["end to end"]["seconds"] == pytest.approx(sum(counted), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_stream_tells_denoising_and_vae_apart_and_together(settings: Settings):
     (row,) = _run("stream_1_3b", settings)
     assert row["frames_a_second"] * row["seconds"] == pytest.approx(12)

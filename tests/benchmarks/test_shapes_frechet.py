@@ -38,6 +38,7 @@ def test_a_set_is_at_no_distance_from_itself_and_the_distance_is_symmetric(measu
     assert there == pytest.approx(back, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_features_are_finite_and_of_the_order_of_their_units(measured):
     assert measured.shape == (160, len(frechet.FEATURES))
     assert np.isfinite(measured).all()

@@ -206,6 +206,7 @@ def test_a_recording_that_is_not_whole_is_an_error():
     assert found[0].tolist() == [1, 1, 1] and np.isnan(found[1, 1]) and found[1, 2] == 2
 
 
+@pytest.mark.slow
 def test_the_causal_model_that_is_shipped_can_be_calibrated(tmp_path, prompts):
     maxima, _ = _heard(CAUSAL, tmp_path / "c.safetensors", prompts, "--limit", 1, "--num-frames", 9)
     assert maxima["self_attn.q"].shape == (6, open_checkpoint(CAUSAL).config("transformer").dim)

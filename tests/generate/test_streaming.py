@@ -106,6 +106,7 @@ def test_blocks_come_in_order_and_are_what_generate_collects(pipeline: Pipeline)
     assert np.abs(pipeline.generate(Request(PROMPT, seed=4)).latents - result.latents).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_frames_are_those_of_decoding_everything_at_once(pipeline: Pipeline):
     result = pipeline.generate(Request(PROMPT, seed=3))
     near(result.frames, decode(pipeline, result.latents))

@@ -68,18 +68,21 @@ def test_distribution_matching_teaches_two_steps(distilled: Any):
     assert after["all"] > before["all"] + 0.25
 
 
+@pytest.mark.slow
 def test_samples_are_left_as_video_and_picture(distilled: Any):
     folder = pathlib.Path(distilled[1].run_dir) / "samples"
     assert (folder / "000025.mp4").stat().st_size > 1000
     assert (folder / "000025.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_losses_are_logged_by_timestep_and_exit_step(distilled: Any):
     lines = (pathlib.Path(distilled[1].run_dir) / "log.jsonl").read_text()
     for name in ("generator/loss_exit_0", "generator/loss_exit_1", "critic/loss_t_750", "generator/dmd_gradient"):
         assert f'"{name}"' in lines
 
 
+@pytest.mark.slow
 def test_the_student_runs_in_the_pipeline_and_shares_the_teachers_encoders(distilled: Any, tmp_path: pathlib.Path):
     task, _, _, _, state = distilled
     task.export(state.ema, tmp_path / "student")
@@ -140,6 +143,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_trajectories_are_made_once_and_lie_at_the_students_levels(pairs: ConfigDict):
     cache = TrajectoryCache.open(pairs.output)
     assert cache.sigmas == pytest.approx((1.0, 0.75, 0.0))
@@ -225,6 +229,7 @@ def test_chains_of_own_videos_have_all_lengths_and_both_roles_learn_from_them(
         assert jax.tree.map(lambda x: x.shape, gradient) == jax.tree.map(lambda x: x.shape, params[role])
 
 
+@pytest.mark.slow
 def test_trajectories_of_other_levels_are_refused(pairs: ConfigDict, tmp_path: pathlib.Path):
     config = small(shapes_causal_ode_init.get_config(), tmp_path, steps=1)
     config.pairs = pairs.output

@@ -72,6 +72,7 @@ def test_the_vae_learns_to_reconstruct(trained_vae: pathlib.Path):
     assert min(values[-3:]) < 0.75 * values[0]
 
 
+@pytest.mark.slow
 def test_the_vae_leaves_pictures_and_its_latents_are_normalised(trained_vae: pathlib.Path):
     assert list((trained_vae / "samples").glob("*.png"))
     checkpoint = open_checkpoint(trained_vae / "export")
@@ -111,6 +112,7 @@ def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trai
         FlowMatchingTask(config).init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_latents_are_made_once(trained_base: pathlib.Path):
     with np.load(trained_base / "latents.npz") as stored:
         assert stored["latents"].shape == (16, 9, 8, 8, 16)
@@ -124,6 +126,7 @@ def test_the_export_runs_in_the_pipeline(trained_base: pathlib.Path):
     assert frames.shape == (5, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_resumes_and_exports(
     tmp_path: pathlib.Path, trained_vae: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):

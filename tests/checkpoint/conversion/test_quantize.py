@@ -376,6 +376,7 @@ def test_a_lora_before_quantizing_is_rounded_once(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", WORDS)
 def test_inspect_tells_the_error_of_each_matrix(tmp_path, word):
     official_folder(tmp_path / "src")

@@ -35,6 +35,7 @@ def assert_same(found, wanted):
         assert array.tobytes() == value.tobytes(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [False, True])
 def test_the_official_layout_is_given_back_bit_exactly(tmp_path, image):
     made = official_folder(tmp_path / "src", image=image)

@@ -45,6 +45,7 @@ def test_errors_are_those_of_the_rounding(precision: str, kind: str):
 
 
 # What rounding to three bits does to a score grows with the score: attention to few keys suffers. int8 does not mind.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "bound"), [("int8", 0.04), ("int8_e4m3", 0.05), ("e4m3", 0.1), ("e4m3_all", 0.11)]
 )

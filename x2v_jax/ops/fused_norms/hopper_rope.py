@@ -91,10 +91,10 @@ def rmsnorm_rope_hopper(
             scale, inverse = row_scales(absmax, dtype)
             inverse = lax.broadcast_in_dim(inverse, even.shape, [0])
             even, odd = round_to(even * inverse, dtype), round_to(odd * inverse, dtype)
-            _store(scale_g[0].at[row], scale)
+            _store(scale_g[0], row, scale)
         else:
             even, odd = even.astype(dtype), odd.astype(dtype)
-        _store(out_g.at[row], _bits(even, word) | (_bits(odd, word) << (jnp.dtype(word).itemsize * 4)))
+        _store(out_g, row, _bits(even, word) | (_bits(odd, word) << (jnp.dtype(word).itemsize * 4)))
 
     shapes = [jax.ShapeDtypeStruct((rows, heads, _PAIRS), word)]
     if quantized:
@@ -119,11 +119,11 @@ def _load(ref: object, layout: object = _LAYOUT) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _store(ref: jax.Ref, value: Array) -> None:
+def _store(ref: jax.Ref, row: Array, value: Array) -> None:
     if hasattr(plgpu, "store"):  # from jax 0.12 on, where a plain store asks for whole sectors of 32 bytes
-        plgpu.store(ref, value, optimized=False)
+        plgpu.store(ref.at[row], value, optimized=False)
     else:
-        ref[...] = value
+        ref[row] = value
 
 
 def _bits(x: Array, word: DTypeLike) -> Array:
