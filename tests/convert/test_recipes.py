@@ -20,7 +20,7 @@ from x2v_jax.models.config import Schedule
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*/wan_*.py")])
-DEFAULTS = {load_config(str(path)).checkpoint for path in ROOT.glob("configs/[bcds]*/wan_*.py")}
+DEFAULTS = {str(load_config(str(path)).checkpoint) for path in ROOT.glob("configs/[bcds]*/wan_*.py")}
 
 
 def commands(text: str, program: str) -> list[list[str]]:

@@ -76,6 +76,37 @@ class WanConfig(_FromDict):
         return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36)
 
 
+# Channels in, channels out -> relatives of Wan2.1 that have the same layers, by whether they have those for CLIP.
+_RELATIVES = {
+    (36, 16, False): "Wan2.2 I2V-A14B, one of its two experts",
+    (48, 48, False): "Wan2.2 TI2V-5B",
+    (100, 48, False): "Wan2.2 Fun-5B-Control",
+    (52, 16, False): "Wan2.2 Fun-A14B-Control, one of its two experts",
+    (48, 16, False): "Fun-Control",
+    (48, 16, True): "Wan2.1 Fun-Control",
+    (52, 16, True): "Wan2.1 Fun-Control",
+    (32, 16, True): "Wan2.1 Fun-Control-Camera",
+}
+
+
+def relative_by_channels(in_dim: int, out_dim: int, *, image: bool) -> str | None:
+    """The name of a model with Wan2.1's layers and other channels; None for Wan2.1 T2V and I2V.
+
+    >>> relative_by_channels(48, 48, image=False)
+    'Wan2.2 TI2V-5B'
+
+    Args:
+        in_dim, out_dim: channels that the transformer takes and gives.
+        image: whether it has layers for CLIP's features, as Wan2.1 I2V does.
+    """
+    if known := _RELATIVES.get((in_dim, out_dim, image)):
+        return known
+    # I2V: the noise; a mask, one a frame of the latent frame's four; the first frame.
+    if in_dim == (2 * out_dim + 4 if image else out_dim):
+        return None
+    return f"a relative of Wan2.1 {'I2V' if image else 'T2V'} that takes {in_dim} channels and gives {out_dim}"
+
+
 _WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
