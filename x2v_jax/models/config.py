@@ -196,6 +196,8 @@ class Schedule(_FromDict):
     sampler: "unipc" (order 2, with guidance) or "step_distill" (x0, then noise again; no guidance).
     denoising_step_list: the trained timesteps of a distilled model, in 1..1000, falling; None for "unipc".
     warp_denoising_step: whether the list is still to be warped by `shift` (CausVid's lists already are).
+    levels: how a list that is not warped becomes noise levels. "exact": sigma = t / 1000. "table": the nearest of the
+        1000 levels of the shifted schedule, while the network is asked at t (Self-Forcing, FastVideo).
     height, width, num_frames: the trained size in pixels and frames; fps: frames a second.
     causal: for models that make a video block by block; None for those that make it whole.
     """
@@ -206,6 +208,7 @@ class Schedule(_FromDict):
     guidance_scale: float = 5.0
     denoising_step_list: tuple[int, ...] | None = None
     warp_denoising_step: bool = True
+    levels: Literal["exact", "table"] = "exact"
     height: int = 480
     width: int = 832
     num_frames: int = 81

@@ -17,6 +17,8 @@ def check_schedule_field(name: str, value: object, default: object, where: str =
         kind = "a falling list of timesteps in 1..1000, or null"
     elif name == "sampler":
         good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
+    elif name == "levels":
+        good, kind = value in ("exact", "table"), "'exact' or 'table'"
     elif name == "causal":
         good, kind = _is_causal_schedule(value), "null, or an object of block, window, mode and the like"
     elif isinstance(default, bool):

@@ -95,12 +95,20 @@ def override_schedule(text: str, default: Schedule) -> Schedule:
     changed = Schedule.from_dict(default.to_dict() | values)
     if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:
         changed = dataclasses.replace(changed, num_inference_steps=len(changed.denoising_step_list))
+    unwarped = changed.is_distilled and not changed.warp_denoising_step
+    if unwarped and default.warp_denoising_step and "levels" not in values and not _is_causvids(changed):
+        # Self-Forcing and FastVideo look such a list up in their table of 1000 levels.
+        changed = dataclasses.replace(changed, levels="table")
     if changed.is_distilled != (changed.sampler == "step_distill"):
         raise UserError(
             f"--schedule: sampler {changed.sampler!r} with denoising_step_list {changed.denoising_step_list}; a "
             "step list goes with 'step_distill' and only with it"
         )
     return changed
+
+
+def _is_causvids(schedule: Schedule) -> bool:
+    return schedule.denoising_step_list == SCHEDULES["causvid"].denoising_step_list
 
 
 def _values(text: str) -> dict[str, Any]:
