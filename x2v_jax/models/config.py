@@ -11,6 +11,7 @@ class _FromDict:
     """Reads and writes the dataclass as plain JSON values."""
 
     _ALIASES: Mapping[str, str] = {}
+    _NAME: str  # what a user calls it: as model.json does
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
@@ -27,7 +28,7 @@ class _FromDict:
                 known[name] = tuple(value) if isinstance(value, list) else value
         missing = [n for n, f in fields.items() if n not in known and f.default is dataclasses.MISSING]
         if missing:
-            raise UserError(f"{cls.__name__}: {', '.join(missing)} missing; add it to the checkpoint's config.json")
+            raise UserError(f"{cls._NAME}: {', '.join(missing)} missing; add it to the checkpoint's config.json")
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,6 +39,8 @@ class _FromDict:
 @dataclasses.dataclass(frozen=True)
 class WanConfig(_FromDict):
     """Wan2.1 diffusion transformer (names as in the official config.json)."""
+
+    _NAME = "transformer"
 
     dim: int
     ffn_dim: int
@@ -121,6 +124,8 @@ _WAN_LATENTS_STD = (
 class VaeConfig(_FromDict):
     """Wan2.1 causal 3-D VAE. Defaults are the published one: stride (4, 8, 8), 16 latent channels."""
 
+    _NAME = "vae"
+
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -145,6 +150,8 @@ class VaeConfig(_FromDict):
 class Umt5Config(_FromDict):
     """UMT5 encoder. Defaults are UMT5-XXL's."""
 
+    _NAME = "text_encoder"
+
     vocab_size: int = 256384
     dim: int = 4096
     dim_attn: int = 4096
@@ -161,6 +168,8 @@ class Umt5Config(_FromDict):
 @dataclasses.dataclass(frozen=True)
 class ClipConfig(_FromDict):
     """CLIP visual tower. Defaults are ViT-H/14's. Wan uses the features after all blocks but the last."""
+
+    _NAME = "image_encoder"
 
     image_size: int = 224
     patch_size: int = 14
@@ -179,6 +188,8 @@ class CausalSchedule(_FromDict):
     block: frames made together. window: the trained horizon, and what the cache holds. mode: how a longer video is made
     unless the request says otherwise. context_timestep: of a finished block's cache update; None for no update.
     """
+
+    _NAME = "causal"
 
     block: int = 3
     window: int = 21
@@ -201,6 +212,8 @@ class Schedule(_FromDict):
     height, width, num_frames: the trained size in pixels and frames; fps: frames a second.
     causal: for models that make a video block by block; None for those that make it whole.
     """
+
+    _NAME = "schedule"
 
     sampler: Literal["unipc", "step_distill"] = "unipc"
     num_inference_steps: int = 50

@@ -320,6 +320,11 @@ def test_a_lora_is_merged_on_the_original_weights(tmp_path):
     assert (entry["file"], entry["strength"]) == ("step_distill.safetensors", 0.5)
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert any("2 of 2 tensors used" in note for note in notes) and any("--schedule distill" in note for note in notes)
+    second = save(tmp_path / "style.safetensors", lora)
+    both = {"loras": ((str(path), 0.5), (str(second), 0.2))}
+    _, notes = transformer_of(tmp_path / "m.safetensors", TRANSFORMER, tmp_path / "both", **both)
+    assert [sum(file.name in note for note in notes) for file in (path, second)] == [1, 1], "a note for each"
+    assert not any(path.name in note and second.name in note for note in notes)
     zero = {"loras": ((str(path), 0.0),)}
     untouched, _ = transformer_of(tmp_path / "m.safetensors", TRANSFORMER, tmp_path / "zero", **zero)
     assert_same(parameters(untouched, "transformer"), expected("transformer", TRANSFORMER))

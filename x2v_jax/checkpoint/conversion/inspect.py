@@ -15,7 +15,7 @@ from x2v_jax.checkpoint.lora.merge import LoraFile
 from x2v_jax.checkpoint.names.wan import parameter_count
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.published.key_check import other_models
-from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles, recognise
+from x2v_jax.checkpoint.published.layouts import LORA, Layout, NetworkFiles, recognise
 from x2v_jax.checkpoint.published.open import open_source
 from x2v_jax.checkpoint.published.published_schedules import default_schedule
 from x2v_jax.checkpoint.published.relatives import OtherModel
@@ -128,6 +128,8 @@ def _name_of_other(layout: Layout, networks: Iterable[Network]) -> str | None:
         return f"{others[0]}, which this project does not run"
     if layout.kind == "lora" and layout.path.is_file():
         return _lora_name(layout.path)
+    if layout.kind == "unknown" and layout.path.is_file():
+        return layout.left_out[0][1]
     return {"part": "part of a converted checkpoint", "calibration": "recorded activations, for --smooth"}.get(
         layout.kind
     )
@@ -273,7 +275,8 @@ def _model_name(config: WanConfig | None, present: Iterable[str]) -> str:
 def _commands(layout: Layout) -> tuple[str, ...]:
     path = shlex.quote(str(layout.path))
     if layout.kind == "lora":
-        return (shipped.command(f"convert wan MODEL DST --lora {path}"),)
+        files = [file for file, reason in layout.left_out if reason == LORA]
+        return tuple(shipped.command(f"convert wan MODEL DST --lora {shlex.quote(str(file))}") for file in files)
     if layout.kind == "calibration":
         return (shipped.command(f"convert wan MODEL DST --quantize int8 --smooth {path}"),)
     if not layout.sources:

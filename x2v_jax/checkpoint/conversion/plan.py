@@ -224,7 +224,7 @@ def _merge_loras(
     files = [(LoraFile.open(path), strength) for path, strength in options.loras]
     found = one.found
     merged, report = merge_into(found.tensors, files, options.allow_partial, "give --allow-partial")
-    notes.append(str(report))
+    notes += [*map(str, report.files), *report.notes]
     again = sum(merged[key] is not found.tensors[key] for key in found.kept)
     if quantization is not None and again:
         notes.append(requantized(again, quantization))

@@ -12,7 +12,7 @@ from x2v_jax.checkpoint.files.safetensors import read_metadata
 from x2v_jax.checkpoint.native.writer import FORMAT
 from x2v_jax.checkpoint.published import hints, relatives
 from x2v_jax.checkpoint.published.key_check import ranges
-from x2v_jax.checkpoint.published.read import KeyConvention, RawTensors, identify, read_raw, unwrapped
+from x2v_jax.checkpoint.published.read import KeyConvention, NoWeights, RawTensors, identify, read_raw, unwrapped
 from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets
 from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.errors import UserError
@@ -38,7 +38,7 @@ _UNSUPPORTED_FOLDERS = {
 _TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
 
 # Why a file is left out.
-_LORA = "a LoRA; give it with --lora to the conversion of its model"
+LORA = "a LoRA; give it with --lora to the conversion of its model"
 _PART = "part of a converted checkpoint; give its folder, which has a model.json"
 _UNKNOWN_PART = "weights of a part that Wan2.1 does not have"
 _CALIBRATION = "recorded activations, for --smooth of the conversion of their model"
@@ -147,7 +147,7 @@ def _recognise_folder(path: pathlib.Path) -> Layout:
     layout = _scan(path, "wan", _SUBFOLDERS)
     conventions = {s.convention for s in layout.sources}
     if not layout.sources:
-        kind = "lora" if any(reason == _LORA for _, reason in layout.left_out) else "unknown"
+        kind = "lora" if any(reason == LORA for _, reason in layout.left_out) else "unknown"
         return dataclasses.replace(layout, kind=kind)
     if any(s.files[0].parent.name in _SUBFOLDERS and s.files[0].parent != path for s in layout.sources) or any(
         s.precision for s in layout.sources
@@ -192,7 +192,7 @@ def _recognise_file(path: pathlib.Path) -> Layout:
     files = file_set_of(path)
     found = _source(files, path.parent, None)
     if isinstance(found, str):
-        kinds = {_LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
+        kinds = {LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
         return Layout(path, kinds.get(found, "unknown"), left_out=((path, found),))
     kind = "trainer" if found.state else "lightx2v" if found.precision else "file"
     return Layout(path, kind, (found,), _tokenizer(path.parent))
@@ -248,12 +248,14 @@ def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> NetworkF
         if convention.component is None and files.index:
             raw = read_raw(files.files)
             convention = identify(raw.tensors)
+    except NoWeights as error:
+        return f"holds {error.held}"
     except UserError as error:
         if _is_auxiliary(files):
             return str(error)
         raise
     if convention.component == "lora":
-        return _LORA
+        return LORA
     if convention.component is None:
         return "holds none of Wan2.1's networks"
     names = {tensor.dtype.name for tensor in raw.tensors.values()}
