@@ -120,6 +120,11 @@ _WAN_LATENTS_STD = (
 )  # fmt: skip
 
 
+def is_published_size(config: WanConfig) -> bool:
+    """Whether a transformer has the width and depth of a published one, 1.3B or 14B."""
+    return (config.dim, config.num_layers) in ((1536, 30), (5120, 40))
+
+
 @dataclasses.dataclass(frozen=True)
 class VaeConfig(_FromDict):
     """Wan2.1 causal 3-D VAE. Defaults are the published one: stride (4, 8, 8), 16 latent channels."""

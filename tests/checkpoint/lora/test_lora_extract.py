@@ -210,8 +210,6 @@ def test_the_command_writes_file_and_report(tmp_path: pathlib.Path, base, capsys
 
 def test_swapped_arguments_are_noticed_by_what_the_checkpoints_say_of_themselves(tmp_path: pathlib.Path):
     base, distilled = write_checkpoint(tmp_path / "base"), write_checkpoint(tmp_path / "few", schedule=DISTILLED)
-    with pytest.raises(
-        UserError, match=r"few is distilled \(variant .distill.\) and .*base is not .*original"
-    ):
+    with pytest.raises(UserError, match=r"few is distilled \(variant .distill.\) and .*base is not .*original"):
         extract_lora(open_checkpoint(distilled), open_checkpoint(base), tmp_path / "l.safetensors")
     assert not (tmp_path / "l.safetensors").exists()

@@ -20,14 +20,16 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 from x2v_jax.checkpoint.lora.report import requantized
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
-from x2v_jax.checkpoint.published.hints import says_distilled
+from x2v_jax.checkpoint.published.hints import folder_names, says_distilled
 from x2v_jax.checkpoint.published.layouts import Layout, recognise
 from x2v_jax.checkpoint.published.open import PublishedNetwork, open_source, source_notes
 from x2v_jax.checkpoint.published.published_schedules import (
     SCHEDULES,
     default_schedule,
+    flow_shift,
     override_schedule,
     resolution_in,
+    with_flow_shift,
 )
 from x2v_jax.checkpoint.published.select import select
 from x2v_jax.checkpoint.quantize.calibration import Calibration
@@ -71,6 +73,8 @@ class Plan:
     def source_files(self) -> list[pathlib.Path]:
         """Every file that the result depends on, LoRAs aside."""
         files = [f for o in self.opened.values() for f in (*o.source.files, o.source.config_file) if f]
+        scheduler = self.layout.scheduler_file
+        files += [scheduler] if scheduler is not None and "transformer" in self.opened else []
         return list(dict.fromkeys([*files, *([self.tokenizer] if self.tokenizer else [])]))
 
 
@@ -123,7 +127,7 @@ def make_plan(
         if mixed:
             notes.append(f"{name}: {mixed} parameters have layers of several types; they are stored as the widest")
     if native is None:
-        variant, schedule = _variant_and_schedule(opened.get("transformer"), options, reuse, notes)
+        variant, schedule = _variant_and_schedule(layout, opened.get("transformer"), options, reuse, notes)
     else:
         variant, schedule = _overridden(native.variant, native.schedule, options)
     tokenizer = None if "tokenizer" in lenders or options.components else _tokenizer(layout, native)
@@ -238,7 +242,11 @@ def _merge_loras(
 
 
 def _variant_and_schedule(
-    transformer: PublishedNetwork | None, options: ConversionOptions, reuse: NativeCheckpoint | None, notes: list[str]
+    layout: Layout,
+    transformer: PublishedNetwork | None,
+    options: ConversionOptions,
+    reuse: NativeCheckpoint | None,
+    notes: list[str],
 ) -> tuple[str, Schedule]:
     if transformer is None:
         default = reuse.schedule if reuse else default_schedule("base", None)
@@ -267,6 +275,9 @@ def _variant_and_schedule(
     elif source.is_guess and options.variant not in (None, "base"):
         notes.append(f"transformer: taken as {options.variant!r}, as --variant says; its place is that of base weights")
     schedule = default_schedule(variant, transformer.config, where)
+    stated = flow_shift(layout.scheduler_file)
+    schedule, note = with_flow_shift(schedule, stated, transformer.config, folder_names(layout.path))
+    notes += [note] if note else []
     if transformer.config.model_type == "i2v" and resolution_in(where) is None and not options.schedule:
         notes.append("transformer: taken as the 480P model, as no name says 720P; if it is, give --schedule i2v_720p")
     return _overridden(variant, schedule, options)

@@ -110,6 +110,12 @@ class Layout:
         return tuple(v for v in VARIANTS if v in found)
 
     @property
+    def scheduler_file(self) -> pathlib.Path | None:
+        """Of a diffusers folder, its scheduler's config; None where there is none."""
+        file = self.path / "scheduler/scheduler_config.json"
+        return file if self.kind == "diffusers" and file.is_file() else None
+
+    @property
     def unknown_parts(self) -> tuple[pathlib.Path, ...]:
         """Subfolders with weights that nothing here reads."""
         return tuple(path for path, reason in self.left_out if reason == _UNKNOWN_PART)

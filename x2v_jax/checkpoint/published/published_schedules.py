@@ -4,13 +4,14 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.native.fields import check_schedule_field
-from x2v_jax.errors import UserError, did_you_mean
-from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
+from x2v_jax.checkpoint.published.hints import is_original
+from x2v_jax.errors import UserError, did_you_mean, is_number
+from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig, is_published_size
 
 # What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
 _NEGATIVE = (
@@ -65,6 +66,39 @@ def default_schedule(variant: str, config: WanConfig | None, where: str = "") ->
     if image:
         return SCHEDULES["i2v_720p" if high else "i2v_480p"]
     return SCHEDULES["t2v_1_3b" if config is None or config.dim <= 1536 else "t2v_14b"]
+
+
+def flow_shift(scheduler_file: pathlib.Path | None) -> float | None:
+    """The time shift that the scheduler_config.json of a diffusers folder states; None where it states none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    config = {} if scheduler_file is None else read_json(scheduler_file)
+    shift = config.get("flow_shift", config.get("shift"))
+    return float(shift) if is_number(shift) and shift > 0 else None
+
+
+def with_flow_shift(
+    schedule: Schedule, shift: float | None, config: WanConfig, names: Sequence[str]
+) -> tuple[Schedule, str | None]:
+    """The schedule with the shift that a diffusers folder states, unless the folder is a published model.
+
+    Of those Wan's own number counts.
+
+    Args:
+        shift: as `flow_shift` gives it. config: of the transformer. names: of the folder; see `hints.folder_names`.
+
+    Returns:
+        The schedule, and a sentence for the user where the file says another shift than the usual one.
+    """
+    if shift is None or shift == schedule.shift:
+        return schedule, None
+    said = f"scheduler_config.json says flow_shift {shift:g}"
+    if is_published_size(config) and any(map(is_original, names)):
+        return schedule, f"{said}, and Wan's own {schedule.shift:g} for this model counts; --schedule says otherwise"
+    changed = dataclasses.replace(schedule, shift=shift)
+    return changed, f"{said}, which counts here in place of the usual {schedule.shift:g}"
 
 
 def resolution_in(path: str) -> str | None:
