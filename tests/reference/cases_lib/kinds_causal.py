@@ -79,7 +79,7 @@ def causal_rollout(case: Case) -> dict[str, Any]:
         "latents": latents,
         "first_step_velocity": velocities,
         "levels": sigmas,
-        "timesteps": np.asarray(plan.asked_timesteps),
+        "timesteps": np.asarray(plan.asked_timesteps, np.float32),
         "train_sigmas": table,
         "train_timesteps": timestep_from_sigma(table),
     }
