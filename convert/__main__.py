@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "wan":
             from x2v_jax.checkpoint.conversion.convert import convert
 
-            run(lambda progress: convert(args.source, args.destination, options(args), progress), args.destination)
+            from .next_command import next_command
+
+            work = lambda progress: convert(args.source, args.destination, options(args), progress)  # noqa: E731
+            run(work, args.destination, next_command)
         elif args.command == "extract-lora":
             from .extract import extract_lora
 

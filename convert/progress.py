@@ -6,8 +6,12 @@ from collections.abc import Callable
 Work = Callable[[Callable[[int, int], None]], tuple[str, ...]]
 
 
-def run(work: Work, destination: str) -> None:
-    """Calls work(progress) under a bar of bytes, and prints the notes that it returns."""
+def run(work: Work, destination: str, follows: Callable[[str], str | None] = lambda destination: None) -> None:
+    """Calls work(progress) under a bar of bytes, and prints the notes that it returns.
+
+    Args:
+        follows: the destination -> the command that a user may want next.
+    """
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
@@ -18,6 +22,8 @@ def run(work: Work, destination: str) -> None:
 
         notes = work(progress)
     print("\n".join([*(f"note: {note}" for note in notes), f"wrote {destination}"]))
+    if (command := follows(destination)) is not None:
+        print(f"run it with: {command}")
 
 
 def interrupted(destination: str | None) -> str:

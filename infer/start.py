@@ -140,6 +140,7 @@ def _config(pipeline: "Pipeline", settings: Settings) -> dict[str, Any]:
     own = {name: value for name, value in dataclasses.asdict(request.completed).items() if name not in _NOT_COMPILED}
     own |= {"height": height, "width": width, "num_frames": frames if checkpoint.schedule.causal is None else None}
     run = options(settings.config) | {"allow_mismatch": None, "memory_limit": None}
+    del run["allow_partial"]  # decides numbers, and no program
     return known | own | run | {"progress": _is_watched(settings)}
 
 

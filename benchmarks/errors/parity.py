@@ -6,6 +6,7 @@ Exits with code 1 if a case is outside its tolerance. Takes about a minute on tw
 """
 
 import argparse
+import json
 import math
 import os
 import pathlib
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks import DOCUMENTS
+from benchmarks.errors.beside_diffusers import RECORDED
 from tests.reference.cases_lib.case import DEFAULT_CASES, Case, find_cases
 
 if TYPE_CHECKING:
@@ -33,6 +35,39 @@ the rounding of float32.
 
 This page is made by `python -m benchmarks.errors.parity`; `pytest tests/reference` holds every case to its tolerance,
 and `pytest tests/reference --reference-cases DIR` does so for any folder of such cases.
+"""
+
+
+_BESIDE_DIFFUSERS = """
+## Beside diffusers
+
+What differs there from Wan2.1's own programs, which this project follows, and why. The figures are
+‖theirs − ours‖ / ‖ours‖ of the latents of a shipped model after `export --layout diffusers` and `from_pretrained`, from
+the same noise and embeddings in float32, recorded by
+`python -m benchmarks.errors.beside_diffusers --other-python=PYTHON` with {versions}.
+
+| what | error |
+|---|---|
+{rows}
+
+- **UniPC's noise levels.** Wan2.1 begins at 0.999 before the shift and spaces evenly to 0; diffusers' UniPC begins at
+  1 − 1e-6 and ends at 1/1000. Nothing in scheduler_config.json changes that: the first row is the whole difference, the
+  second what is left when Wan2.1's levels are put into diffusers' scheduler.
+- **The picture that CLIP is given.** Wan2.1 squeezes the whole picture to a square without antialiasing. diffusers'
+  usual preprocessor_config.json crops the middle out of it; an export has one that squeezes, and what is left is the
+  antialiasing of its resizing, which has no switch. It is nil where the picture has CLIP's size, and grows with the
+  picture's edges.
+- **Few-step models.** No scheduler of diffusers takes a step list from a file. `FlowMatchLCMScheduler(shift=1)` takes
+  this project's noise levels as the `sigmas` of its `set_timesteps`.
+- **The size of image-to-video.** Wan2.1 rounds the picture's shape down to whole patches, so that 832x480 asked for at
+  480x832 becomes 464x832; diffusers makes 480x832 of it.
+- **The shift of a folder.** Of a published diffusers folder Wan's own shift counts, of any other the one in its
+  scheduler_config.json.
+- **The tokenizer under transformers 5.** An export names the class that the published folders name, T5TokenizerFast,
+  which transformers 5 builds anew with an unknown token of number 2, whatever tokenizer.json says. Where that is
+  another, words outside the vocabulary get another embedding there; `PreTrainedTokenizerFast` reads the file as it is.
+- **Lists that are not warped.** Self-Forcing and FastVideo look noise levels up in a table of 1000, CausVid's list is
+  exact: a schedule's `levels` says which ([checkpoints.md](checkpoints.md#the-native-format)).
 """
 
 
@@ -87,7 +122,15 @@ def report(sections: Sequence[Section], *, platform: str) -> str:
             name = what = ""  # once a case reads easier than on every row
     lines += ["", "## Sources", "", "| case | recorded from |", "|---|---|"]
     lines += [f"| {section.case.name} | {section.case.source.replace('|', chr(92) + '|')} |" for section in sections]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _beside_diffusers()
+
+
+def _beside_diffusers() -> str:
+    """The section about diffusers, with what `beside_diffusers` recorded."""
+    recorded = json.loads(RECORDED.read_text())
+    rows = "\n".join(f"| {row['what']} | {row['error']:.1e} |" for row in recorded["rows"])
+    versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
+    return _BESIDE_DIFFUSERS.format(rows=rows, versions=versions)
 
 
 def _rows(measurements: Sequence["Measurement"]) -> list[tuple[str, "Measurement"]]:

@@ -1,6 +1,6 @@
 """Wan2.1 T2V 14B, step-distilled by LightX2V: 4 steps without guidance, 81 frames of 480x832.
 
-Make the checkpoint with `python -m convert wan SOURCE checkpoints/wan_t2v_14b_distill --variant distill`, where SOURCE
+Make the checkpoint with `python -m convert wan SOURCE checkpoints/wan_t2v_14b_4step --variant distill`, where SOURCE
 is a folder that holds distill_models/.
 
 Hardware: one GPU with 80 GB (the weights are 28.6 GB in bfloat16, the text encoder 11.4 GB before they are loaded);
@@ -15,7 +15,7 @@ from x2v_jax.config.inference import inference_config
 def get_config():
     return inference_config(
         task="t2v",
-        checkpoint="checkpoints/wan_t2v_14b_distill",
+        checkpoint="checkpoints/wan_t2v_14b_4step",
         denoising_step_list=(1000, 750, 500, 250),
         shift=5.0,
         guidance_scale=1.0,

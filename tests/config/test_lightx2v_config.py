@@ -211,3 +211,21 @@ def test_the_file_must_be_named():
 def test_it_is_read_without_jax():
     code = "import sys, configs.lightx2v; from x2v_jax.config.load import load_config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "command"),
+    [
+        ({"mm_config": {"mm_type": "W-int8-channel-sym-A-int8-channel-sym-dynamic-Vllm"}}, "--quantize int8`"),
+        ({"mm_config": {"mm_type": "W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Vllm"}}, "--quantize fp8`"),
+        ({"quant_method": "smoothquant-int8"}, "--quantize int8`"),
+        ({"mm_config": {"mm_type": "Default"}}, None),
+        ({"t5_quantized": True}, None),
+    ],
+)
+def test_8_bit_matrices_that_the_file_asks_for_are_told_with_the_command_that_makes_them(values, command):
+    with pytest.warns(UserWarning, match="whether weights are in 8 bits is the checkpoint's to say here") as caught:
+        translate(values)
+    said = str(caught[0].message)
+    assert f"{next(iter(values))} is ignored: " in said and ("--quantize" in said) == (command is not None)
+    assert (command or "") in said

@@ -101,7 +101,6 @@ def headers(found: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in found.items() if name.startswith("read_safetensors")}
 
 
-@pytest.mark.slow
 def test_a_text_to_video_run_decides_once_and_reads_each_file_once(distilled: pathlib.Path):
     found = counted_run(f"--config.checkpoint={distilled}", "--config.seed=1", "--config.prompt=a red circle")
     assert found["resolve"] == 1
@@ -120,7 +119,6 @@ def test_three_prompts_are_decided_once_each_and_share_all_that_is_read(
     assert set(headers(found).values()) == {1}, headers(found)
 
 
-@pytest.mark.slow
 def test_the_picture_of_three_prompts_is_decoded_once(folder: pathlib.Path, tmp_path: pathlib.Path):
     i2v = folder / "i2v"
     tiny_models.write_checkpoint(i2v, image=True, schedule=tiny_models.DISTILLED)
@@ -172,7 +170,6 @@ LEFT_OUT = ("models", "ops", "diffusion")
 MOST_FILES = 10
 
 
-@pytest.mark.slow
 def test_a_prompt_passes_few_files_on_its_way_to_a_video(distilled: pathlib.Path):
     pipeline, prompt = Pipeline.from_checkpoint(distilled, dtype="float32"), "a red circle"
     kinds = (x2v_jax.Request, x2v_jax.ResolvedRequest)

@@ -22,18 +22,23 @@ _LORA_KEY = "diffusion_model.blocks.0.self_attn.q"
 def bad_input(checkout: Checkout) -> Iterator[tuple[str, Any]]:
     """Exit code, stdout and stderr of each."""
     tmp = checkout.tmp
-    _make_checkpoints(checkout.root / "assets", tmp)
-    _make_loras(tmp)
-    _make_files(tmp)
-    for command, cases in _cases(str(tmp)).items():
-        for case in cases:
+    make_files(checkout.root / "assets", tmp)
+    for command, mistakes in cases(str(tmp)).items():
+        for case in mistakes:
             done = checkout.run("-m", command, *case)
             said = {"exit code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
             item = checkout.plain(" ".join([command, *case]))
             yield item, {key: checkout.plain(v) if isinstance(v, str) else v for key, v in said.items()}
 
 
-def _cases(tmp: str) -> dict[str, list[list[str]]]:
+def make_files(assets: pathlib.Path, tmp: pathlib.Path) -> None:
+    """The files that the cases name."""
+    _make_checkpoints(assets, tmp)
+    _make_loras(tmp)
+    _make_files(tmp)
+
+
+def cases(tmp: str) -> dict[str, list[list[str]]]:
     out = f"--config.output={tmp}/v.mp4"
     i2v, causal = "--config=configs/shapes/i2v.py", "--config=configs/shapes/t2v_causal.py"
 
@@ -104,6 +109,8 @@ def _cases(tmp: str) -> dict[str, list[list[str]]]:
             ["wan", _CHECKPOINT, f"{tmp}/out", "--set", "transformer.depth"],
             ["wan", f"{tmp}/model.gguf", f"{tmp}/out"],
             ["wan", f"{tmp}/pickle.pth", f"{tmp}/out"],
+            ["wan", f"{tmp}/bare.pth", f"{tmp}/out"],
+            ["inspect", f"{tmp}/bare.pth"],
             ["wan", f"{tmp}/truncated", f"{tmp}/out"],
             ["inspect", "/nowhere"],
             ["inspect", f"{tmp}/text.png"],
@@ -205,8 +212,21 @@ def _make_files(tmp: pathlib.Path) -> None:
     with zipfile.ZipFile(tmp / "pickle.pth", "w") as file:  # of os.system, which must never be called
         file.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\nU\x04trueq\x00\x85R.")
         file.writestr("archive/version", "3\n")
+    _write_bare_tensor(tmp / "bare.pth")
     (tmp / "cache").mkdir()
     (tmp / "cache/index.json").write_text('{"format": "x2v-jax-cache", "format_version": 1, "kind": "trajectories"}')
     (tmp / "cache/items.jsonl").write_text("{}\n")
     (tmp / "other_run").mkdir()
     (tmp / "other_run/config.json").write_text('{"task": "flow_matching"}')
+
+
+def _write_bare_tensor(path: pathlib.Path) -> None:
+    """What torch.save(torch.zeros(1, 16, 2, 4, 6)) writes: latents without a name."""
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuM\x00\x03tQ"
+    sizes = b"(K\x01K\x10K\x02K\x04K\x06t(M\x00\x03K0K\x18K\x06K\x01t"
+    rebuild = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + sizes
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("bare/data.pkl", rebuild + b"\x89ccollections\nOrderedDict\n)RtR.")
+        file.writestr("bare/byteorder", "little")
+        file.writestr("bare/data/0", bytes(4 * 768))
+        file.writestr("bare/version", "3\n")

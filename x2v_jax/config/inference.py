@@ -55,6 +55,7 @@ KEYS = (
         "into one program",
     ),
     Key("allow_mismatch", False, "run settings that contradict the checkpoint's schedule"),
+    Key("allow_partial", False, "merge what fits of a LoRA, and only report the rest"),
     Key(
         "initial_noise",
         str,

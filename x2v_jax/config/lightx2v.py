@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from x2v_jax import shipped
 from x2v_jax.config.flags import nearest
 from x2v_jax.config.inference import inference_config
 from x2v_jax.errors import UserError
@@ -41,20 +42,20 @@ _READ = (
     "model_cls",
     "text_len",
 )
-# Keys without effect on what is computed here.
+# Keys without effect on what is computed here, by the reason.
 _IGNORED = {
-    "how LightX2V runs on CUDA": (
+    "they steer how LightX2V runs on CUDA": (
         "self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type", "attention_type", "cpu_offload", "offload_ratio",
         "offload_granularity", "lazy_load", "num_disk_workers", "max_memory", "unload_modules", "t5_cpu_offload",
         "t5_offload_granularity", "rotary_chunk", "rotary_chunk_size", "clean_cuda_cache", "use_bfloat16",
         "do_mm_calib", "parallel_attn_type", "parallel_vae", "max_area", "window_size", "vae_stride", "patch_size",
         "num_channels_latents", "sub_servers",
     ),
-    "weights in 8 bits (they travel with the checkpoint here, so this run is as exact as the checkpoint is)": (
+    "whether weights are in 8 bits is the checkpoint's to say here": (
         "mm_config", "dit_quantized_ckpt", "quant_method", "t5_quantized", "t5_quantized_ckpt", "t5_quant_scheme",
         "clip_quantized", "clip_quantized_ckpt", "clip_quant_scheme",
     ),
-    "approximations (every step is computed in full here)": (
+    "they approximate, and here every step is computed in full": (
         "teacache_thresh", "use_ret_steps", "coefficients", "sparge", "sparge_ckpt", "tiny_vae", "tiny_vae_path",
         "resolution_rate", "changing_resolution_steps", "changing_resolution", "feature_caching", "cfg_scale",
     ),
@@ -239,9 +240,24 @@ def _lora(entry: Any) -> tuple[str, float]:
 
 
 def _warn_ignored(values: Mapping[str, Any]) -> None:
-    for what, keys in _IGNORED.items():
+    for reason, keys in _IGNORED.items():
         used = [key for key in keys if values.get(key) not in (None, False, {}, [], "", "NoCaching")]
         if used:
-            warnings.warn(f"{', '.join(used)}: ignored, as {what}", stacklevel=3)
+            verb = "is" if len(used) == 1 else "are"
+            warnings.warn(f"{', '.join(used)} {verb} ignored: {reason}{_advice(used, values)}", stacklevel=3)
     if values.get("text_len", 512) != 512:
         warnings.warn(f"text_len {values['text_len']} is ignored: the checkpoint's own is used", stacklevel=3)
+
+
+def _advice(used: list[str], values: Mapping[str, Any]) -> str:
+    """How to get the 8-bit matrices that LightX2V's settings ask for."""
+    if not {"mm_config", "quant_method", "dit_quantized_ckpt"}.intersection(used):
+        return ""
+    config = values.get("mm_config")
+    kinds = (config.get("mm_type") if isinstance(config, dict) else config, values.get("quant_method"))
+    asked = " ".join(map(str, kinds)).lower()
+    kind = next((kind for kind in ("int8", "fp8") if kind in asked), None)
+    if kind is None:
+        return ""
+    command = shipped.command(f"convert wan SRC DST --quantize {kind}")
+    return f". The file asks for {kind} matrices: where the checkpoint has 16-bit weights, `{command}` makes them"

@@ -166,7 +166,7 @@ class Rollout:
         if is_given:
             return np.float32(0)
         if self.plan.context_timestep is None:
-            return np.float32(timestep_from_sigma(self.plan.sigmas[-1]))
+            return np.float32(self.plan.asked_timesteps[-1])
         return np.float32(self.plan.context_timestep)
 
     def _block(
@@ -187,7 +187,10 @@ class Rollout:
         """
         steps = self.plan.num_steps
         sigmas = jnp.asarray((*self.plan.sigmas, 0.0), jnp.float32)
-        timesteps = timestep_from_sigma(sigmas).at[steps].set(context_timestep)
+        if self.plan.timesteps is None:
+            timesteps = timestep_from_sigma(sigmas).at[steps].set(context_timestep)
+        else:
+            timesteps = jnp.asarray((*self.plan.timesteps, 0.0), jnp.float32).at[steps].set(context_timestep)
         model = merge(self._graphdef, params)
 
         def body(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
+from x2v_jax.diffusion.schedules import timestep_from_sigma
 from x2v_jax.errors import UserError
 from x2v_jax.models.causal import MAX_FRAMES, check_whole, check_window
 
@@ -38,6 +39,8 @@ class RolloutPlan:
     """How a causal model goes from block to block. Counts are of latent frames.
 
     sigmas: the noise levels of each block's steps, falling; `schedules.step_sigmas` gives them.
+    timesteps: what the network is asked at in each step, where that is not 1000 * sigma; see
+        `schedules.step_timesteps`.
     block: frames that are made together.
     mode: what happens past the window. "full": the video ends. "sliding": it has no end, and the oldest frames are
         forgotten. "fragments" (CausVid): it has no end, and starts again from its last block.
@@ -58,6 +61,7 @@ class RolloutPlan:
     positions: Positions = "relative"
     context_timestep: float | None = 0.0
     independent_first_frame: bool = False
+    timesteps: tuple[float, ...] | None = None
 
     def __post_init__(self):
         _check_choice("mode", self.mode, get_args(Mode))
@@ -69,6 +73,8 @@ class RolloutPlan:
             raise UserError(f"sigmas is {self.sigmas}; give noise levels above 0 and at most 1, e.g. from step_sigmas")
         if any(after >= before for before, after in itertools.pairwise(self.sigmas)):
             raise UserError(f"sigmas is {self.sigmas}; noise levels must fall")
+        if self.timesteps is not None and len(self.timesteps) != len(self.sigmas):
+            raise UserError(f"timesteps is {self.timesteps} for {len(self.sigmas)} sigmas; give one for each")
         noise = self.context_timestep
         if noise is not None and not (math.isfinite(noise) and 0 <= noise <= 1000):
             raise UserError(f"context_timestep is {noise!r}; give a timestep from 0 (clean) to 1000, or None")
@@ -89,6 +95,11 @@ class RolloutPlan:
                 f"window is {self.window} frames; a fragment has two or more blocks of {self.block}, the first "
                 "from the fragment before"
             )
+
+    @property
+    def asked_timesteps(self) -> tuple[float, ...]:
+        """What the network is asked at in each step."""
+        return tuple(map(timestep_from_sigma, self.sigmas)) if self.timesteps is None else self.timesteps
 
     @property
     def num_steps(self) -> int:

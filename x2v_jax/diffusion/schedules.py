@@ -17,6 +17,8 @@ NUM_TRAIN_TIMESTEPS = 1000
 # How the steps of a denoising_step_list become one compiled program. Lists of more than MOST_UNROLLED are a scan.
 Loop = Literal["unrolled", "scan"]
 MOST_UNROLLED = 16
+# How the timesteps of a list that is not warped become noise levels; see `step_timesteps`.
+Levels = Literal["exact", "table"]
 
 
 def shift_sigma[T](sigma: T, shift: float) -> T:
@@ -44,7 +46,9 @@ def check_shift(shift: float) -> float:
     return float(shift)
 
 
-def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, warp: bool = True) -> np.ndarray:
+def step_sigmas(
+    denoising_step_list: Sequence[float], shift: float = 1.0, *, warp: bool = True, levels: Levels = "exact"
+) -> np.ndarray:
     """The sigmas that a step-distilled model was trained at.
 
     Args:
@@ -52,9 +56,12 @@ def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, war
         shift: the time shift of the training.
         warp: whether the list is still to be shifted. Lists of step distillation are; CausVid's (999, 934, 862, ...)
             were written down after the shift, and shifting them twice would end the sampling at sigma 0.39.
+        levels: of a list that is not warped. "exact": sigma = t / 1000. "table": the nearest of the 1000 levels
+            shift_sigma(i / 1000), as Self-Forcing and FastVideo look them up: 0.756757 for 757 at shift 8. The network
+            is asked at the list's own t all the same (`step_timesteps`).
 
     Returns:
-        float32 [S], falling. Timesteps are 1000 * sigma and are not rounded: 833.3333 for 500 at shift 5.
+        float32 [S], falling. Else timesteps are 1000 * sigma and are not rounded: 833.3333 for 500 at shift 5.
 
     Raises:
         UserError: the list is empty, holds something that is no timestep, or does not fall.
@@ -76,7 +83,22 @@ def step_sigmas(denoising_step_list: Sequence[float], shift: float = 1.0, *, war
                 f"denoising_step_list has {after!r} after {before!r}; timesteps must fall from noise (1000) towards 0"
             )
     sigmas = np.asarray(steps, np.float64) / NUM_TRAIN_TIMESTEPS
+    if not warp and levels == "table":
+        table = shift_sigma(1.0 - np.arange(NUM_TRAIN_TIMESTEPS) / NUM_TRAIN_TIMESTEPS, shift)
+        sigmas = table[np.abs(table[None] - sigmas[:, None]).argmin(axis=1)]
     return _distinct(shift_sigma(sigmas, shift) if warp else sigmas, "denoising_step_list", steps)
+
+
+def step_timesteps(denoising_step_list: Sequence[float], *, warp: bool, levels: Levels) -> tuple[float, ...] | None:
+    """What the network is asked at where that is not 1000 * sigma: the list itself, with sigmas of a table.
+
+    >>> step_timesteps((1000, 757, 522), warp=False, levels="table")
+    (1000.0, 757.0, 522.0)
+
+    Returns:
+        None where it is 1000 * sigma.
+    """
+    return None if warp or levels == "exact" else tuple(float(step) for step in denoising_step_list)
 
 
 def unipc_schedule(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:

@@ -51,15 +51,24 @@ def evaluate(
     next_sigma: ArrayLike,
     noise: Float[ArrayLike, "*s"],
 ) -> Float[Array, "*s"]:
-    """`step` with the network's answer: velocity_fn(latents, timestep scalar) -> velocity."""
-    velocity = velocity_fn(latents, jnp.asarray(timestep_from_sigma(sigma), jnp.float32))
+    """`step` with the network's answer: velocity_fn(latents, timestep scalar) -> velocity.
+
+    Args:
+        sigma, next_sigma: scalars, or [2] each: sigma, and the timestep that the network is asked at instead of
+            1000 * sigma.
+    """
+    if jnp.ndim(sigma) == 0:
+        timestep = timestep_from_sigma(sigma)
+    else:
+        (sigma, timestep), next_sigma = jnp.asarray(sigma), jnp.asarray(next_sigma)[0]
+    velocity = velocity_fn(latents, jnp.asarray(timestep, jnp.float32))
     return step(latents, velocity, sigma, next_sigma, noise)
 
 
 def steps[Told](
     step_fn: StepFn[Told],
     noise: Float[Array, "*s"],
-    sigmas: Float[ArrayLike, " n"],
+    sigmas: Float[ArrayLike, "n *pair"],
     renoise_fn: Callable[[int], Array],
 ) -> Iterator[tuple[Float[Array, "*s"], Told]]:
     """What each step gives, one after the other.
@@ -67,7 +76,7 @@ def steps[Told](
     Args:
         step_fn: one step, such as `evaluate` with a network.
         noise: the sample at sigmas[0].
-        sigmas: from `step_sigmas`; may be traced.
+        sigmas: from `step_sigmas`; may be traced. [n, 2] with timesteps of their own, see `evaluate`.
         renoise_fn: i -> the noise to add after step i; called for all steps but the last. That one is given the noise
             before it and level 0, which leaves x0 as it is, so that one function serves all steps.
     """
@@ -83,7 +92,7 @@ def steps[Told](
 def unrolled[Told](
     step_fn: StepFn[Told],
     noise: Float[Array, "*s"],
-    sigmas: Float[ArrayLike, " n"],
+    sigmas: Float[ArrayLike, "n *pair"],
     renoise_fn: Callable[[int], Array],
 ) -> tuple[Float[Array, "*s"], Told]:
     """All of `steps`. Returns the clean latents, float32, and what else the steps gave, stacked."""
@@ -94,7 +103,7 @@ def unrolled[Told](
 def scan[Told](
     step_fn: StepFn[Told],
     noise: Float[Array, "*s"],
-    sigmas: Float[ArrayLike, " n"],
+    sigmas: Float[ArrayLike, "n *pair"],
     renoise_fn: Callable[[Array], Array],
 ) -> tuple[Float[Array, "*s"], Told]:
     """The same as one loop of the program, whose body is compiled once whatever the number of steps.
@@ -140,6 +149,9 @@ def sample(
 
 
 def _with_zero(sigmas: ArrayLike) -> Any:
-    """The levels of all steps and of what the last one leaves, float32 [n + 1]."""
+    """The levels of all steps and of what the last one leaves, float32 [n + 1] or [n + 1, 2]."""
     where: Any = jnp if isinstance(sigmas, jax.Array) else np
-    return where.append(where.asarray(sigmas, where.float32), where.float32(0))
+    levels = where.asarray(sigmas, where.float32)
+    if levels.ndim == 1:
+        return where.append(levels, where.float32(0))
+    return where.concatenate([levels, where.zeros_like(levels[:1])])

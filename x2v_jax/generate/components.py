@@ -38,7 +38,13 @@ class Components:
         if ops != type(ops)() or kinds:  # else there is nothing that a device could lack, and none has to be started
             ops = devices.supported(ops, [kind for kind in kinds if kind], devices.first_device())
         self.networks, self.lora_report = describe_networks(
-            checkpoint, loras, dtype=options.dtype, vae_dtype=options.vae_dtype, ops=ops, offload=options.offload
+            checkpoint,
+            loras,
+            dtype=options.dtype,
+            vae_dtype=options.vae_dtype,
+            ops=ops,
+            offload=options.offload,
+            allow_partial=options.allow_partial,
         )
         self._denoiser: Denoiser | None = None
         self._streamer: BlockStreamer | None = None

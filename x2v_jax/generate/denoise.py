@@ -102,7 +102,7 @@ class Denoiser:
         """Predict x0, add noise at the next level, repeat. `initial` is donated.
 
         Args:
-            sigmas: float32 [S], from step_sigmas.
+            sigmas: float32 [S], from step_sigmas; [S, 2] with the timesteps that the network is asked at.
             renoise: the request's key, or the noise itself for the S - 1 re-noisings.
             on_step: called with (step, S, latents) after each.
 
@@ -169,7 +169,8 @@ class Denoiser:
         else:
             step = jax.ShapeDtypeStruct((), jnp.int32)
             yield Program("noise between steps", self._step_noise, (key, step), {"shape": shape})
-            arguments = (params, conditions, initial, number, number, initial)
+            level = jax.ShapeDtypeStruct(schedule.shape[1:], jnp.float32)
+            arguments = (params, conditions, initial, level, level, initial)
             yield Program("denoising step", self._distill_step, arguments)
 
     def _noise_after(self, renoise: Any, i: int, shape: tuple[int, ...]) -> Any:

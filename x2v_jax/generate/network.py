@@ -162,11 +162,13 @@ def describe_networks(
     vae_dtype: str = "float32",
     ops: OpChoice = DEFAULT_OPS,
     offload: str = "none",
+    allow_partial: bool = False,
 ) -> tuple[dict[str, Network[Config]], merge.LoraReport | None]:
     """The networks that a checkpoint has, by component, none of them loaded; LoRAs are merged into the transformer.
 
     Args:
         dtype, vae_dtype, ops: see `Network`.
+        allow_partial: merge what fits of a LoRA and report the rest.
         offload: "none", or "blocks" for those of the transformer in the host's memory.
 
     Raises:
@@ -179,7 +181,7 @@ def describe_networks(
         if name == "transformer" and loras:
             files = [(merge.LoraFile.open(path), strength) for path, strength in map(lora_pair, loras)]
             rows = wan.table(name, checkpoint.config(name))
-            tensors, report = merge.merge_into_native(tensors, files, rows)
+            tensors, report = merge.merge_into_native(tensors, files, rows, allow_partial)
         on_host = offload == "blocks" and name == "transformer"
         networks[name] = Network.of(
             checkpoint, name, dtype=dtype, tensors=tensors, vae_dtype=vae_dtype, ops=ops, blocks_on_host=on_host

@@ -21,9 +21,10 @@ pin_first_frame = jax.jit(image_condition.pin_first_frame, donate_argnums=(0,))
 
 
 def schedule(plan: WholePlan) -> np.ndarray | unipc.Coefficients:
-    """Noise levels float32 [S] of the step-distill sampler, or UniPC's table."""
+    """Noise levels float32 [S] of the step-distill sampler ([S, 2] with timesteps of their own), or UniPC's table."""
     if plan.sampler == "step_distill":
-        return np.asarray(plan.sigmas, np.float32)
+        sigmas = np.asarray(plan.sigmas, np.float32)
+        return sigmas if plan.timesteps is None else np.stack([sigmas, np.asarray(plan.timesteps, np.float32)], axis=1)
     return unipc.unipc_table(len(plan.sigmas), plan.shift)
 
 

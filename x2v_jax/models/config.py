@@ -11,6 +11,7 @@ class _FromDict:
     """Reads and writes the dataclass as plain JSON values."""
 
     _ALIASES: Mapping[str, str] = {}
+    _NAME: str  # what a user calls it: as model.json does
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
@@ -27,7 +28,7 @@ class _FromDict:
                 known[name] = tuple(value) if isinstance(value, list) else value
         missing = [n for n, f in fields.items() if n not in known and f.default is dataclasses.MISSING]
         if missing:
-            raise UserError(f"{cls.__name__}: {', '.join(missing)} missing; add it to the checkpoint's config.json")
+            raise UserError(f"{cls._NAME}: {', '.join(missing)} missing; add it to the checkpoint's config.json")
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,6 +39,8 @@ class _FromDict:
 @dataclasses.dataclass(frozen=True)
 class WanConfig(_FromDict):
     """Wan2.1 diffusion transformer (names as in the official config.json)."""
+
+    _NAME = "transformer"
 
     dim: int
     ffn_dim: int
@@ -76,6 +79,37 @@ class WanConfig(_FromDict):
         return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, model_type="i2v", in_dim=36)
 
 
+# Channels in, channels out -> relatives of Wan2.1 that have the same layers, by whether they have those for CLIP.
+_RELATIVES = {
+    (36, 16, False): "Wan2.2 I2V-A14B, one of its two experts",
+    (48, 48, False): "Wan2.2 TI2V-5B",
+    (100, 48, False): "Wan2.2 Fun-5B-Control",
+    (52, 16, False): "Wan2.2 Fun-A14B-Control, one of its two experts",
+    (48, 16, False): "Fun-Control",
+    (48, 16, True): "Wan2.1 Fun-Control",
+    (52, 16, True): "Wan2.1 Fun-Control",
+    (32, 16, True): "Wan2.1 Fun-Control-Camera",
+}
+
+
+def relative_by_channels(in_dim: int, out_dim: int, *, image: bool) -> str | None:
+    """The name of a model with Wan2.1's layers and other channels; None for Wan2.1 T2V and I2V.
+
+    >>> relative_by_channels(48, 48, image=False)
+    'Wan2.2 TI2V-5B'
+
+    Args:
+        in_dim, out_dim: channels that the transformer takes and gives.
+        image: whether it has layers for CLIP's features, as Wan2.1 I2V does.
+    """
+    if known := _RELATIVES.get((in_dim, out_dim, image)):
+        return known
+    # I2V: the noise; a mask, one a frame of the latent frame's four; the first frame.
+    if in_dim == (2 * out_dim + 4 if image else out_dim):
+        return None
+    return f"a relative of Wan2.1 {'I2V' if image else 'T2V'} that takes {in_dim} channels and gives {out_dim}"
+
+
 _WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -86,9 +120,16 @@ _WAN_LATENTS_STD = (
 )  # fmt: skip
 
 
+def is_published_size(config: WanConfig) -> bool:
+    """Whether a transformer has the width and depth of a published one, 1.3B or 14B."""
+    return (config.dim, config.num_layers) in ((1536, 30), (5120, 40))
+
+
 @dataclasses.dataclass(frozen=True)
 class VaeConfig(_FromDict):
     """Wan2.1 causal 3-D VAE. Defaults are the published one: stride (4, 8, 8), 16 latent channels."""
+
+    _NAME = "vae"
 
     dim: int = 96
     z_dim: int = 16
@@ -114,6 +155,8 @@ class VaeConfig(_FromDict):
 class Umt5Config(_FromDict):
     """UMT5 encoder. Defaults are UMT5-XXL's."""
 
+    _NAME = "text_encoder"
+
     vocab_size: int = 256384
     dim: int = 4096
     dim_attn: int = 4096
@@ -130,6 +173,8 @@ class Umt5Config(_FromDict):
 @dataclasses.dataclass(frozen=True)
 class ClipConfig(_FromDict):
     """CLIP visual tower. Defaults are ViT-H/14's. Wan uses the features after all blocks but the last."""
+
+    _NAME = "image_encoder"
 
     image_size: int = 224
     patch_size: int = 14
@@ -149,6 +194,8 @@ class CausalSchedule(_FromDict):
     unless the request says otherwise. context_timestep: of a finished block's cache update; None for no update.
     """
 
+    _NAME = "causal"
+
     block: int = 3
     window: int = 21
     sink: int = 0
@@ -165,9 +212,13 @@ class Schedule(_FromDict):
     sampler: "unipc" (order 2, with guidance) or "step_distill" (x0, then noise again; no guidance).
     denoising_step_list: the trained timesteps of a distilled model, in 1..1000, falling; None for "unipc".
     warp_denoising_step: whether the list is still to be warped by `shift` (CausVid's lists already are).
+    levels: how a list that is not warped becomes noise levels. "exact": sigma = t / 1000. "table": the nearest of the
+        1000 levels of the shifted schedule, while the network is asked at t (Self-Forcing, FastVideo).
     height, width, num_frames: the trained size in pixels and frames; fps: frames a second.
     causal: for models that make a video block by block; None for those that make it whole.
     """
+
+    _NAME = "schedule"
 
     sampler: Literal["unipc", "step_distill"] = "unipc"
     num_inference_steps: int = 50
@@ -175,6 +226,7 @@ class Schedule(_FromDict):
     guidance_scale: float = 5.0
     denoising_step_list: tuple[int, ...] | None = None
     warp_denoising_step: bool = True
+    levels: Literal["exact", "table"] = "exact"
     height: int = 480
     width: int = 832
     num_frames: int = 81

@@ -46,8 +46,10 @@ class BlockSettings:
         """Of the video; 0 where it is endless."""
         return latent_frames(self.num_frames, self.stride, follows=self.follows)
 
-    def plan(self, sigmas: tuple[float, ...], causal: CausalSchedule) -> RolloutPlan:
-        """The order of work."""
+    def plan(
+        self, sigmas: tuple[float, ...], timesteps: tuple[float, ...] | None, causal: CausalSchedule
+    ) -> RolloutPlan:
+        """The order of work. timesteps: what the network is asked at, where that is not 1000 * sigma."""
         return RolloutPlan(
             sigmas=sigmas,
             block=self.block,
@@ -57,6 +59,7 @@ class BlockSettings:
             positions=self.positions,
             context_timestep=None if self.context_noise == NO_CONTEXT_PASS else self.context_noise,
             independent_first_frame=causal.independent_first_frame,
+            timesteps=timesteps,
         )
 
     def written_into(self, request: Request) -> Request:

@@ -10,7 +10,7 @@ from typing import TypeGuard, get_args
 from x2v_jax.diffusion.rollout_plan import Mode, Positions
 from x2v_jax.diffusion.schedules import step_sigmas
 from x2v_jax.errors import UserError, is_number
-from x2v_jax.models.config import Schedule
+from x2v_jax.models.config import Schedule, relative_by_channels
 from x2v_jax.request.request import Model, Request
 
 # Positions per axis for which the published models have rotary angles.
@@ -193,6 +193,7 @@ def task_problems(request: Request, model: Model) -> list[str]:
         )
     if model.task == "t2v" and request.pin_first_frame and not causal:
         problems.append("pin_first_frame is set, but this is a text-to-video checkpoint without an image; leave it out")
+    problems += channel_problems(model)
     steps, count = request.denoising_step_list, request.num_inference_steps
     if steps is not None and count is not None and count != len(steps):
         problems.append(
@@ -204,6 +205,20 @@ def task_problems(request: Request, model: Model) -> list[str]:
             "leave one of the two out"
         )
     return problems
+
+
+def channel_problems(model: Model) -> list[str]:
+    """A transformer whose channels are not those that noise, picture and VAE give: an earlier `convert` let it pass."""
+    transformer, vae, image = model.config("transformer"), model.config("vae"), model.task == "i2v"
+    given = vae.z_dim * 2 + vae.temporal_stride if image else vae.z_dim
+    if (transformer.in_dim, transformer.out_dim) == (given, vae.z_dim):
+        return []
+    kind = relative_by_channels(transformer.in_dim, transformer.out_dim, image=image)
+    return [
+        f"the checkpoint's transformer takes {transformer.in_dim} channels and gives {transformer.out_dim}, and its "
+        f"VAE is for {given} and {vae.z_dim}"
+        + (f": it is {kind}, which this project does not run" if kind else "; convert both from one model")
+    ]
 
 
 def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[str]:

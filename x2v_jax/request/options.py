@@ -42,6 +42,7 @@ class RunOptions:
         that needs more is refused.
     attention, attention_precision, linear, linear_activations: see `ops.choice.OpChoice`.
     allow_mismatch: accept requests that contradict the checkpoint's schedule.
+    allow_partial: merge what fits of a LoRA, and only report the rest.
 
     Raises:
         UserError: an option has a value that it cannot have.
@@ -60,6 +61,7 @@ class RunOptions:
     linear: str = "auto"
     linear_activations: str = "8bit"
     allow_mismatch: bool = False
+    allow_partial: bool = False
 
     def __post_init__(self) -> None:
         if found := problems(dataclasses.asdict(self)):
@@ -113,6 +115,7 @@ class OptionFields(TypedDict, total=False):
     linear: str
     linear_activations: str
     allow_mismatch: bool
+    allow_partial: bool
 
 
 def problems(values: Mapping[str, object]) -> list[str]:

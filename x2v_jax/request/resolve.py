@@ -11,7 +11,7 @@ import warnings
 from typing import Literal
 
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
-from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
+from x2v_jax.diffusion.schedules import Levels, step_sigmas, step_timesteps, unipc_schedule
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import Schedule
 from x2v_jax.request import causal
@@ -34,11 +34,13 @@ class WholePlan:
     sampler: "step_distill" (predict x0, add noise, repeat) or "unipc".
     sigmas: the noise level that each step starts from, falling.
     shift: what the levels were shifted by.
+    timesteps: what the network is asked at in each step, where that is not 1000 * sigma.
     """
 
     sampler: Literal["step_distill", "unipc"]
     sigmas: tuple[float, ...]
     shift: float
+    timesteps: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,7 +180,8 @@ def resolve(
         sigmas = sampling.sigmas()
     except UserError as error:
         problems.append(str(error))
-    plan: WholePlan | RolloutPlan = WholePlan("step_distill" if sampling.steps else "unipc", sigmas, sampling.shift)
+    sampler, timesteps = ("step_distill" if sampling.steps else "unipc"), sampling.timesteps()
+    plan: WholePlan | RolloutPlan = WholePlan(sampler, sigmas, sampling.shift, timesteps)
     latent_frames = (num_frames - 1) // model.config("vae").temporal_stride + 1
     if schedule.causal is not None:
         settings = causal.decide(request, fps, model, schedule.causal)
@@ -187,7 +190,7 @@ def resolve(
             has_steps = bool(sampling.steps)
             problems += causal.rollout_problems(request, settings, size, has_steps, model, schedule.causal)
         if not problems:
-            plan = settings.plan(sigmas, schedule.causal)
+            plan = settings.plan(sigmas, timesteps, schedule.causal)
             num_frames, latent_frames = settings.num_frames, settings.latent_frames or settings.window
     if problems:
         raise UserError(_join(problems))
@@ -223,6 +226,7 @@ class _Sampling:
     shift: float
     warp: bool
     guidance_scale: float
+    levels: Levels
 
     @classmethod
     def of(cls, request: Request, schedule: Schedule) -> "_Sampling":
@@ -236,7 +240,7 @@ class _Sampling:
         shift = _or(request.shift, Schedule.shift if brings_steps else schedule.shift)
         guidance = _or(request.guidance_scale, schedule.guidance_scale if steps is None else 1.0)
         count = _or(request.num_inference_steps, _unipc_steps(schedule)) if steps is None else len(steps)
-        return cls(steps or (), count, float(shift), bool(warp), float(guidance))
+        return cls(steps or (), count, float(shift), bool(warp), float(guidance), schedule.levels)
 
     def sigmas(self) -> tuple[float, ...]:
         """The noise level that each step starts from.
@@ -245,10 +249,14 @@ class _Sampling:
             UserError: two steps are at one level, or there is no signal at the first.
         """
         if self.steps:
-            levels = step_sigmas(self.steps, self.shift, warp=self.warp)
+            levels = step_sigmas(self.steps, self.shift, warp=self.warp, levels=self.levels)
         else:
             levels = unipc_schedule(self.count, self.shift)[0][:-1]
         return tuple(float(sigma) for sigma in levels)
+
+    def timesteps(self) -> tuple[float, ...] | None:
+        """What the network is asked at in each step, where that is not 1000 * sigma."""
+        return step_timesteps(self.steps, warp=self.warp, levels=self.levels) if self.steps else None
 
     def written_into(self, request: Request, schedule: Schedule) -> Request:
         return dataclasses.replace(

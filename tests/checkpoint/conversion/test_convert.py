@@ -28,8 +28,9 @@ from small_checkpoints import (
 from x2v_jax.checkpoint.conversion.convert import ConversionOptions, convert
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.native.reader import open_checkpoint
-from x2v_jax.checkpoint.published.published_schedules import SCHEDULES
+from x2v_jax.checkpoint.published.published_schedules import SCHEDULES, with_flow_shift
 from x2v_jax.errors import UserError
+from x2v_jax.models.config import WanConfig
 
 TRANSFORMER = random_tensors("transformer", seed=1)
 CONFIG = {"transformer": {"num_heads": 2}}
@@ -79,6 +80,22 @@ def test_every_network_of_a_folder_is_converted_bit_exactly(tmp_path, make, imag
         else:
             assert native.config(component) == wanted
     assert json.loads(native.tokenizer_file().read_text())["version"] == "1.0"
+
+
+def test_the_shift_of_a_diffusers_folder_counts_unless_it_is_a_published_model(tmp_path):
+    diffusers_folder(tmp_path / "mine")
+    save_json(tmp_path / "mine/scheduler/scheduler_config.json", {"flow_shift": 4.5})
+    notes = convert(tmp_path / "mine", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").schedule == dataclasses.replace(SCHEDULES["t2v_1_3b"], shift=4.5)
+    assert any("flow_shift 4.5, which counts here in place of the usual 8" in note for note in notes)
+    sources = open_checkpoint(tmp_path / "out").model["provenance"]["sources"]
+    assert "scheduler/scheduler_config.json" in [entry["file"] for entry in sources]
+    name, usual = "Wan2.1-T2V-14B-Diffusers", SCHEDULES["t2v_14b"]
+    kept, note = with_flow_shift(usual, 3.0, WanConfig.t2v_14b(), [name])
+    assert kept == usual and "says flow_shift 3, and Wan's own 5 for this model counts" in str(note)
+    assert with_flow_shift(usual, 3.0, WanConfig.t2v_14b(), ["mine"])[0].shift == 3
+    assert with_flow_shift(usual, 3.0, CONFIGS["transformer"], [name])[0].shift == 3
+    assert with_flow_shift(usual, 5.0, WanConfig.t2v_14b(), ["mine"]) == (usual, None)
 
 
 def test_provenance_names_every_source_file_with_its_hash(tmp_path):
@@ -320,6 +337,11 @@ def test_a_lora_is_merged_on_the_original_weights(tmp_path):
     assert (entry["file"], entry["strength"]) == ("step_distill.safetensors", 0.5)
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert any("2 of 2 tensors used" in note for note in notes) and any("--schedule distill" in note for note in notes)
+    second = save(tmp_path / "style.safetensors", lora)
+    both = {"loras": ((str(path), 0.5), (str(second), 0.2))}
+    _, notes = transformer_of(tmp_path / "m.safetensors", TRANSFORMER, tmp_path / "both", **both)
+    assert [sum(file.name in note for note in notes) for file in (path, second)] == [1, 1], "a note for each"
+    assert not any(path.name in note and second.name in note for note in notes)
     zero = {"loras": ((str(path), 0.0),)}
     untouched, _ = transformer_of(tmp_path / "m.safetensors", TRANSFORMER, tmp_path / "zero", **zero)
     assert_same(parameters(untouched, "transformer"), expected("transformer", TRANSFORMER))

@@ -100,6 +100,10 @@ def test_a_lora_and_something_else(tmp_path):
     found = inspect(save(tmp_path / "l.safetensors", lora))
     assert found.model == "LoRA for Wan2.1, 1 modules, rank 3"
     assert found.commands[0].endswith("--lora " + str(tmp_path / "l.safetensors"))
+    save(tmp_path / "loras/b.safetensors", lora)
+    save(tmp_path / "loras/a.safetensors", lora)
+    each = [command.rpartition(" ")[2] for command in inspect(tmp_path / "loras").commands]
+    assert each == [str(tmp_path / f"loras/{name}.safetensors") for name in "ab"], "--lora takes files"
     found = inspect(save(tmp_path / "x.safetensors", {"a": np.ones(1, np.float32)}))
     assert (found.layout, found.commands) == ("unknown", ())
     assert "not used" in to_text(found)

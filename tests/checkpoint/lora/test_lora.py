@@ -390,7 +390,7 @@ def test_an_image_lora_on_a_text_model_is_refused_with_counts_and_the_reason(tmp
     assert "12 match no parameter" in message
     assert "diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight" in message
     assert "and 2 more" in message
-    assert "image-to-video" in message and "--allow-partial" in message
+    assert "image-to-video" in message and "set allow_partial to true" in message
 
 
 def test_a_partial_merge_applies_what_fits_and_reports_the_rest(tmp_path):

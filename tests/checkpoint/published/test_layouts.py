@@ -69,10 +69,45 @@ def test_lightx2v_files(tmp_path, file, variant):
     assert select(layout, variant, ())["transformer"].files == (tmp_path / file,)
 
 
-def test_a_missing_distilled_file_is_not_replaced_by_the_base_weights(tmp_path):
-    official_folder(tmp_path)
-    with pytest.raises(UserError, match=r"distill_models/distill_model\.safetensors or \.pt is missing.*holds base"):
-        select(recognise(tmp_path), "distill", ())
+@pytest.mark.parametrize(
+    "name",
+    ["Wan2.1-T2V-14B", "wan2.1-i2v-14b-720p", "Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v"],
+)
+def test_a_missing_distilled_file_is_not_replaced_by_the_base_weights(tmp_path, name):
+    for folder in (tmp_path / name, tmp_path / f"models--some--{name}/snapshots/0123abc"):
+        official_folder(folder)
+        missing = r"distill_models/distill_model\.safetensors or \.pt is missing.*holds base.*give --schedule"
+        with pytest.raises(UserError, match=missing):
+            select(recognise(folder), "distill", ())
+
+
+@pytest.mark.parametrize("make", [official_folder, diffusers_folder])
+def test_what_the_user_says_counts_more_than_a_guess(tmp_path, make):
+    make(tmp_path / "exported")
+    layout = recognise(tmp_path / "exported")
+    assert layout.variants == ("base",) and layout.of("transformer")[0].is_guess
+    assert select(layout, "distill", ())["transformer"].variant == "distill"
+
+
+DISTILLED = "Wan2.1-T2V-14B-StepDistill-CfgDistill-Diffusers"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "asks"),
+    [
+        (DISTILLED, "distill", None),
+        (f"models--lightx2v--{DISTILLED}/snapshots/0123abc", "distill", None),
+        ("wan_4step_dmd", "distill", None),
+        ("Wan2.1-T2V-14B-CfgDistill-Diffusers", "base", "CfgDistill"),
+        ("models--me--wan-dmd/snapshots/0123abc", "base", "dmd"),
+        ("wan_8steps", "base", "8steps"),
+        ("Wan2.1-T2V-1.3B-Diffusers", "base", None),
+    ],
+)
+def test_a_name_picks_a_schedule_only_where_it_says_which(tmp_path, name, variant, asks):
+    diffusers_folder(tmp_path / name)
+    (source,) = recognise(tmp_path / name).of("transformer")
+    assert (source.variant, source.asks) == (variant, asks)
 
 
 def test_the_safetensors_twin_of_a_torch_file_is_taken(tmp_path):
@@ -219,6 +254,11 @@ def test_a_trainers_file_gives_the_averaged_generator(tmp_path, monkeypatch):
     [
         ("self_forcing_dmd.pt", "self_forcing"),
         ("wan_distill.safetensors", "distill"),
+        ("wan2.1_t2v_14b_lightx2v_4step.safetensors", "distill"),
+        ("wan2.1_i2v_480p_cfg_step_distill.safetensors", "distill"),
+        ("wan_14step.safetensors", None),
+        ("wan_cfg_distill.safetensors", None),
+        ("causal_forcing.pt", None),
         ("causal_model.pt", "causvid"),
         ("diffusion_pytorch_model.safetensors", "base"),
         ("weights.safetensors", None),

@@ -14,7 +14,7 @@ from tests.reference.cases_lib.kinds_networks import load_network
 from x2v_jax.diffusion.flow import timestep_from_sigma
 from x2v_jax.diffusion.rollout import Rollout
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
-from x2v_jax.diffusion.schedules import NUM_TRAIN_TIMESTEPS, shift_sigma, step_sigmas
+from x2v_jax.diffusion.schedules import NUM_TRAIN_TIMESTEPS, Levels, shift_sigma, step_sigmas, step_timesteps
 from x2v_jax.models.causal import CausalPattern
 from x2v_jax.models.config import WanConfig
 from x2v_jax.models.functional import Params, merge
@@ -25,7 +25,7 @@ _NETWORK_KEYS = {
 }  # fmt: skip
 _SELF_FORCING_KEYS = {
     "num_frame_per_block", "local_attn_size", "sink_size", "denoising_step_list", "warp_denoising_step",
-    "timestep_shift", "context_noise", "independent_first_frame",
+    "timestep_shift", "context_noise", "independent_first_frame", "levels",
 }  # fmt: skip
 _CAUSVID_KEYS = {
     "num_fragments", "num_frames", "num_frame_per_block", "num_blocks", "frame_seq_length", "denoising_step_list",
@@ -68,6 +68,7 @@ def causal_rollout(case: Case) -> dict[str, Any]:
         positions="absolute",
         context_timestep=float(case.config["context_noise"]),
         independent_first_frame=_flag(case, "independent_first_frame", False),
+        timesteps=_timesteps(case),
     )
     noise = _channels_last(case.inputs["noise"])
     starts = np.cumsum([0, *(step.frames for step in plan.steps(frames))])
@@ -77,7 +78,8 @@ def causal_rollout(case: Case) -> dict[str, Any]:
     return {
         "latents": latents,
         "first_step_velocity": velocities,
-        "timesteps": timestep_from_sigma(sigmas),
+        "levels": sigmas,
+        "timesteps": np.asarray(plan.asked_timesteps, np.float32),
         "train_sigmas": table,
         "train_timesteps": timestep_from_sigma(table),
     }
@@ -167,7 +169,19 @@ def _sigmas(case: Case, shift: float) -> np.ndarray:
     steps = list(case.config["denoising_step_list"])
     # CausVid's lists end with the timestep of the clean pass, which is no denoising step.
     steps = steps[:-1] if steps and steps[-1] == 0 else steps
-    return step_sigmas(steps, shift, warp=_flag(case, "warp_denoising_step"))
+    return step_sigmas(steps, shift, warp=_flag(case, "warp_denoising_step"), levels=_levels(case))
+
+
+def _timesteps(case: Case) -> tuple[float, ...] | None:
+    steps = case.config["denoising_step_list"]
+    return step_timesteps(steps, warp=_flag(case, "warp_denoising_step"), levels=_levels(case))
+
+
+def _levels(case: Case) -> Levels:
+    levels = case.config.get("levels", "exact")
+    if levels not in ("exact", "table"):
+        raise ValueError(f"{case.path}: levels is {levels!r}, neither 'exact' nor 'table'")
+    return levels
 
 
 def _padded_text(case: Case, config: WanConfig) -> jax.Array:

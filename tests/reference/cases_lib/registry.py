@@ -28,7 +28,7 @@ KINDS: dict[str, Kind] = {
     "step_distill": Kind(kinds_samplers.step_distill_trajectory, "step-distilled sampling, every step"),
     "unipc": Kind(kinds_samplers.unipc_trajectory, "UniPC sampling, every step"),
     "causal_training_forward": Kind(kinds_causal.causal_training_forward, "block-causal forward pass of training"),
-    "causal_rollout": Kind(kinds_causal.causal_rollout, "Self-Forcing, block by block with a cache", tolerance=1e-3),
+    "causal_rollout": Kind(kinds_causal.causal_rollout, "Self-Forcing, block by block with a cache", tolerance=1e-4),
     "causvid_rollout": Kind(kinds_causal.causvid_rollout, "CausVid, fragment by fragment", tolerance=1e-3),
     "dmd_loss": Kind(kinds_dmd.dmd_loss, "distribution matching loss and its gradient"),
     "lora": Kind(kinds_lora.lora, "LoRA merged into the weights"),

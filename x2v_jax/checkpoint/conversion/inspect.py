@@ -14,9 +14,11 @@ from x2v_jax.checkpoint.lora.keys import Role
 from x2v_jax.checkpoint.lora.merge import LoraFile
 from x2v_jax.checkpoint.names.wan import parameter_count
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
-from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles, recognise
+from x2v_jax.checkpoint.published.key_check import other_models
+from x2v_jax.checkpoint.published.layouts import LORA, Layout, NetworkFiles, recognise
 from x2v_jax.checkpoint.published.open import open_source
 from x2v_jax.checkpoint.published.published_schedules import default_schedule
+from x2v_jax.checkpoint.published.relatives import OtherModel
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import COMPONENTS, Schedule, WanConfig
 
@@ -40,7 +42,7 @@ class Network:
 
     quantization: the type of its matrices where they can be run in 8 bits. smoothing: the alpha that they were smoothed
     with before, None where they were not. problems: why it cannot be converted, or (of a converted one) run; empty
-    when it can.
+    when it can. other: the model that it is of, where that is not Wan2.1.
     """
 
     component: str
@@ -55,6 +57,7 @@ class Network:
     problems: tuple[str, ...] = ()
     quantization: str | None = None
     smoothing: float | None = None
+    other: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +115,21 @@ def inspect(path: str | pathlib.Path, memory: Memory = lambda *sizes: {}) -> Des
         tokenizer=str(layout.tokenizer) if layout.tokenizer else None,
         left_out={str(p): reason for p, reason in layout.left_out},
         variants=layout.variants,
-        commands=_commands(layout),
-        model=_name_of_other(layout),
+        # What cannot be converted would only be refused again.
+        commands=() if layout.other or any(n.problems for n in networks) else _commands(layout),
+        model=_name_of_other(layout, networks),
     )
 
 
-def _name_of_other(layout: Layout) -> str | None:
-    """Of files that hold no network to convert; None of others."""
+def _name_of_other(layout: Layout, networks: Iterable[Network]) -> str | None:
+    """Of other models than Wan2.1, and of files that hold no network to convert; None of others."""
+    others = [layout.other[0]] if layout.other else [network.other for network in networks if network.other]
+    if others:
+        return f"{others[0]}, which this project does not run"
     if layout.kind == "lora" and layout.path.is_file():
         return _lora_name(layout.path)
+    if layout.kind == "unknown" and layout.path.is_file():
+        return layout.left_out[0][1]
     return {"part": "part of a converted checkpoint", "calibration": "recorded activations, for --smooth"}.get(
         layout.kind
     )
@@ -134,13 +143,15 @@ def _lora_name(path: pathlib.Path) -> str:
 
 
 def _network(source: NetworkFiles) -> tuple[Network, Any]:
-    config, problems, wrong, quantization = None, [], None, None
+    config, problems, wrong, quantization, other = None, [], None, None, None
     try:
         opened, problems = open_source(source)
         config, quantization = opened.config, stored_quantization(opened)
     except UserError as error:
         wrong = str(error)
-    tensors = list(source.read().tensors.values())
+        other = error.name if isinstance(error, OtherModel) else None
+    raw = source.read().tensors
+    tensors = list(raw.values())
     return (
         Network(
             source.component,
@@ -154,6 +165,7 @@ def _network(source: NetworkFiles) -> tuple[Network, Any]:
             config.to_dict() if config else None,
             tuple(problems) + ((wrong,) if wrong else ()),
             quantization,
+            other=other or " and ".join(other_models(raw)) or None,
         ),
         config,
     )
@@ -263,11 +275,14 @@ def _model_name(config: WanConfig | None, present: Iterable[str]) -> str:
 def _commands(layout: Layout) -> tuple[str, ...]:
     path = shlex.quote(str(layout.path))
     if layout.kind == "lora":
-        return (shipped.command(f"convert wan MODEL DST --lora {path}"),)
+        files = [file for file, reason in layout.left_out if reason == LORA]
+        return tuple(shipped.command(f"convert wan MODEL DST --lora {shlex.quote(str(file))}") for file in files)
     if layout.kind == "calibration":
         return (shipped.command(f"convert wan MODEL DST --quantize int8 --smooth {path}"),)
     if not layout.sources:
         return ()
+    if asks := [s for s in layout.of("transformer") if s.asks]:
+        return (shipped.command(f"convert wan {path} DST --schedule JSON|NAME  ({asks[0].asks}: for which steps?)"),)
     states = [s for s in layout.of("transformer") if s.state and s.variant is None]
     if states:
         return (shipped.command(f"convert wan {path} DST --variant distill|causvid|self_forcing"),)
@@ -301,7 +316,7 @@ def to_text(found: Description, counted: str = "") -> str:
         lines += [f"    {wrong}: {problem}" for problem in network.problems]
     if found.networks:
         lines.append(f"  tokenizer  {found.tokenizer or 'not here'}")
-    if found.missing:
+    if found.missing and not any(network.other for network in found.networks):
         lines.append(f"  missing    {', '.join(found.missing)} (--reuse CHECKPOINT takes them from another)")
     lines += [f"  not used   {path}: {reason}" for path, reason in found.left_out.items()]
     if found.memory:

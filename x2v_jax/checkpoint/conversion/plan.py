@@ -20,13 +20,16 @@ from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor, Streamed
 from x2v_jax.checkpoint.lora.merge import LoraFile, merge_into
 from x2v_jax.checkpoint.lora.report import requantized
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
+from x2v_jax.checkpoint.published.hints import folder_names, says_distilled
 from x2v_jax.checkpoint.published.layouts import Layout, recognise
 from x2v_jax.checkpoint.published.open import PublishedNetwork, open_source, source_notes
 from x2v_jax.checkpoint.published.published_schedules import (
     SCHEDULES,
     default_schedule,
+    flow_shift,
     override_schedule,
     resolution_in,
+    with_flow_shift,
 )
 from x2v_jax.checkpoint.published.select import select
 from x2v_jax.checkpoint.quantize.calibration import Calibration
@@ -70,6 +73,8 @@ class Plan:
     def source_files(self) -> list[pathlib.Path]:
         """Every file that the result depends on, LoRAs aside."""
         files = [f for o in self.opened.values() for f in (*o.source.files, o.source.config_file) if f]
+        scheduler = self.layout.scheduler_file
+        files += [scheduler] if scheduler is not None and "transformer" in self.opened else []
         return list(dict.fromkeys([*files, *([self.tokenizer] if self.tokenizer else [])]))
 
 
@@ -122,7 +127,7 @@ def make_plan(
         if mixed:
             notes.append(f"{name}: {mixed} parameters have layers of several types; they are stored as the widest")
     if native is None:
-        variant, schedule = _variant_and_schedule(opened.get("transformer"), options, reuse, notes)
+        variant, schedule = _variant_and_schedule(layout, opened.get("transformer"), options, reuse, notes)
     else:
         variant, schedule = _overridden(native.variant, native.schedule, options)
     tokenizer = None if "tokenizer" in lenders or options.components else _tokenizer(layout, native)
@@ -152,6 +157,7 @@ def _open_all(
     layout: Layout, options: ConversionOptions, lenders: Lenders, notes: list[str]
 ) -> dict[str, PublishedNetwork]:
     """Opens every network; what is wrong is said of all of them at once."""
+    notes += [f"{path} is left aside: Wan2.1 has no such part" for path in layout.unknown_parts]
     problems: list[str] = []
     opened: dict[str, PublishedNetwork] = {}
     for component, source in select(layout, options.variant, options.components, tuple(lenders)).items():
@@ -221,12 +227,12 @@ def _merge_loras(
         raise UserError("--lora: no transformer is converted; add --component transformer or leave --lora out")
     files = [(LoraFile.open(path), strength) for path, strength in options.loras]
     found = one.found
-    merged, report = merge_into(found.tensors, files, options.allow_partial)
-    notes.append(str(report))
+    merged, report = merge_into(found.tensors, files, options.allow_partial, "give --allow-partial")
+    notes += [*map(str, report.files), *report.notes]
     again = sum(merged[key] is not found.tensors[key] for key in found.kept)
     if quantization is not None and again:
         notes.append(requantized(again, quantization))
-    distills = any("distill" in pathlib.Path(path).name.lower() for path, strength in options.loras if strength)
+    distills = any(says_distilled(pathlib.Path(path).name) for path, strength in options.loras if strength)
     if options.schedule is None and distills:
         notes.append(
             "the LoRA's name says that it distills, and the schedule is still the base model's; give --schedule "
@@ -236,7 +242,11 @@ def _merge_loras(
 
 
 def _variant_and_schedule(
-    transformer: PublishedNetwork | None, options: ConversionOptions, reuse: NativeCheckpoint | None, notes: list[str]
+    layout: Layout,
+    transformer: PublishedNetwork | None,
+    options: ConversionOptions,
+    reuse: NativeCheckpoint | None,
+    notes: list[str],
 ) -> tuple[str, Schedule]:
     if transformer is None:
         default = reuse.schedule if reuse else default_schedule("base", None)
@@ -244,18 +254,30 @@ def _variant_and_schedule(
     source = transformer.source
     where = str(source.files[0].absolute())
     variant = source.variant
+    if source.asks and options.variant is None and options.schedule is None:
+        raise UserError(
+            f"{source.files[0]}: {source.asks!r} in the names says that it is distilled, and not for which steps; give "
+            "--schedule distill (1000, 750, 500, 250), --schedule with a JSON of its own settings, or --variant base "
+            "where it is not distilled"
+        )
     if variant is None and source.state:
         raise UserError(
             f"{source.files[0]}: a trainer's file does not say what it was distilled into; give --variant distill "
             "(4 steps), causvid (9 steps, block by block) or self_forcing (4 steps, block by block)"
         )
-    if variant is None:
-        variant = "base"
+    taken_as_base = variant is None or (variant == "base" and source.is_guess)
+    variant = variant or "base"
+    if taken_as_base and options.variant is None and not options.schedule:
         notes.append(
             "transformer: nothing in the names says that it is distilled, so it gets the base model's schedule; "
             "--variant says otherwise"
         )
+    elif source.is_guess and options.variant not in (None, "base"):
+        notes.append(f"transformer: taken as {options.variant!r}, as --variant says; its place is that of base weights")
     schedule = default_schedule(variant, transformer.config, where)
+    stated = flow_shift(layout.scheduler_file)
+    schedule, note = with_flow_shift(schedule, stated, transformer.config, folder_names(layout.path))
+    notes += [note] if note else []
     if transformer.config.model_type == "i2v" and resolution_in(where) is None and not options.schedule:
         notes.append("transformer: taken as the 480P model, as no name says 720P; if it is, give --schedule i2v_720p")
     return _overridden(variant, schedule, options)
@@ -264,8 +286,8 @@ def _variant_and_schedule(
 def _overridden(variant: str, schedule: Schedule, options: ConversionOptions) -> tuple[str, Schedule]:
     if options.schedule:
         schedule = override_schedule(options.schedule, schedule)
-        if variant == "base" and options.schedule in SCHEDULES and schedule.is_distilled:
-            variant = options.schedule
+        if variant == "base" and schedule.is_distilled:
+            variant = options.schedule if options.schedule in SCHEDULES else "distill"
     return variant, schedule
 
 

@@ -284,6 +284,8 @@ def shorten(value: object) -> str:
         return repr(value) if len(value) <= 120 else repr(value[:117]) + "..."
     if isinstance(value, int | float | None) and not (isinstance(value, int) and value.bit_length() > 256):
         return repr(value)
+    if type(value).__module__.startswith("x2v_jax"):  # names of our own say nothing to a user
+        return "a tensor" if hasattr(value, "shape") else "an object of torch's"
     return f"a {type(value).__name__}"
 
 

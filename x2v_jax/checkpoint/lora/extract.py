@@ -121,11 +121,14 @@ def extract_lora(
         raise UserError(f"{path} exists; choose another name or give --overwrite")
     if rank < 1:
         raise UserError(f"rank is {rank}; give 1 or more (32 to 128 is usual)")
+    _check_order(base, distilled)
     config = base.config("transformer")
     if distilled.config("transformer") != config:
+        own, other = config.to_dict(), distilled.config("transformer").to_dict()
+        sizes = ", ".join(f"{name} {own[name]} and {other[name]}" for name in own if own[name] != other[name])
         raise UserError(
-            f"the transformers of {base.path} and {distilled.path} have different sizes ({config} and "
-            f"{distilled.config('transformer')}); give a model and what was distilled from it"
+            f"the transformers of {base.path} and {distilled.path} have different sizes ({sizes}); give a model and "
+            "what was distilled from it"
         )
     for checkpoint in (base, distilled):
         quantization = checkpoint.quantization("transformer")
@@ -150,6 +153,15 @@ def extract_lora(
                 layers.append(layer)
         progress(len(todo), len(todo))
     return ExtractReport(path, tuple(layers))
+
+
+def _check_order(base: NativeCheckpoint, distilled: NativeCheckpoint) -> None:
+    """Raises a UserError where model.json says that the two were swapped: the LoRA would undo the distillation."""
+    if base.schedule.is_distilled and not distilled.schedule.is_distilled:
+        raise UserError(
+            f"by their model.json {base.path} is distilled (variant {base.variant!r}) and {distilled.path} is not "
+            f"({distilled.variant!r}), so the LoRA would take the distillation away; give the original model first"
+        )
 
 
 def low_rank(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

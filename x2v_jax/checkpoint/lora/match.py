@@ -13,6 +13,8 @@ from x2v_jax.checkpoint.lora.read import LoraFile, LoraModule
 from x2v_jax.checkpoint.lora.report import LoraFileReport, LoraReport, Misfit
 from x2v_jax.errors import UserError
 
+# How users of `infer` and of Python ask for a merge of what fits; `convert` has an option of its own.
+PARTIAL_OPTION = "set allow_partial to true"
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 _READABLE_FLOATS = _FLOATS | {"float8_e4m3fn", "float8_e5m2"}
 
@@ -78,6 +80,7 @@ def plan_merge(
     model: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     loras: Sequence[tuple[LoraFile, float]],
     allow_partial: bool = False,
+    partial_option: str = PARTIAL_OPTION,
 ) -> tuple[dict[str, list[Change]], LoraReport]:
     """Matches files with a model.
 
@@ -85,6 +88,7 @@ def plan_merge(
         model: official key -> shape and type of the weight.
         loras: files with their strengths.
         allow_partial: leave out what does not fit.
+        partial_option: how the user of the program at hand asks for that.
 
     Returns:
         official key -> the changes to add to it (none for strength 0), and the account of every tensor.
@@ -105,7 +109,7 @@ def plan_merge(
             if factor != 0:
                 changes.setdefault(parameter, []).append(Change(lora.path, factor, part.up, part.down))
     shapes = {key: shape for key, (shape, _) in model.items()}
-    _refuse_misfits([r for r in reports if not (r.matched if allow_partial else r.fits)], shapes)
+    _refuse_misfits([r for r in reports if not (r.matched if allow_partial else r.fits)], shapes, partial_option)
     for lora in dict.fromkeys(lora for lora, _ in loras):
         _refuse_bad_values(lora)
     for key, own in changes.items():
@@ -160,7 +164,7 @@ def _strays(module: LoraModule) -> list[str]:
     return [] if module.has_pair else [k for r, k in module.keys.items() if r in (Role.DOWN, Role.UP, Role.ALPHA)]
 
 
-def _refuse_misfits(reports: Sequence[LoraFileReport], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_misfits(reports: Sequence[LoraFileReport], shapes: Mapping[str, tuple[int, ...]], option: str) -> None:
     if not reports:
         return
     lines = ["lora: not every tensor fits this model" if any(r.matched for r in reports) else "lora: no tensor fits"]
@@ -169,8 +173,8 @@ def _refuse_misfits(reports: Sequence[LoraFileReport], shapes: Mapping[str, tupl
         reasons = report.reasons(shapes)
         lines += [account, *([f"  likely reason: {'; '.join(reasons)}"] if reasons else []), *details]
     lines.append(
-        "Give a LoRA made for this model, or allow a partial merge (--allow-partial, allow_partial=True) to apply only "
-        "what fits; a file of which nothing fits is always refused."
+        f"Give a LoRA made for this model, or {option} to apply only what fits; a file of which nothing fits is always "
+        "refused."
     )
     raise UserError("\n".join(lines))
 

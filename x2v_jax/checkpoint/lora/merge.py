@@ -15,7 +15,7 @@ import numpy as np
 
 from x2v_jax import shipped
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
-from x2v_jax.checkpoint.lora.match import Change, TensorLike, plan_merge
+from x2v_jax.checkpoint.lora.match import PARTIAL_OPTION, Change, TensorLike, plan_merge
 from x2v_jax.checkpoint.lora.read import LoraFile
 from x2v_jax.checkpoint.lora.report import LoraFileReport, LoraReport, Misfit, requantized
 from x2v_jax.checkpoint.names.smoothing import is_smoothed
@@ -41,6 +41,7 @@ def merge_into(
     tensors: Mapping[str, TensorLike],
     loras: Sequence[tuple[LoraFile, float]],
     allow_partial: bool = False,
+    partial_option: str = PARTIAL_OPTION,
 ) -> tuple[dict[str, Any], LoraReport]:
     """Adds LoRA files to the weights of a transformer given by official names.
 
@@ -48,6 +49,7 @@ def merge_into(
         tensors: official key -> weight; only shapes and types are looked at now.
         loras: files with their strengths. Strength 0 leaves every weight untouched, bit for bit.
         allow_partial: apply what fits and only report the rest.
+        partial_option: how the user of the program at hand asks for that; it stands in the refusal.
 
     Returns:
         The same keys in the same order; a changed weight is a LazyTensor which merges when it is read, the others are
@@ -57,7 +59,9 @@ def merge_into(
         UserError: a tensor matches no parameter or has the wrong shape (unless `allow_partial`; but a file of which
             nothing fits is always refused), holds NaN or infinity, or is to be merged into quantized weights.
     """
-    changes, report = plan_merge({key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}, loras, allow_partial)
+    changes, report = plan_merge(
+        {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}, loras, allow_partial, partial_option
+    )
     merged: dict[str, Any] = dict(tensors)
     for key, own in changes.items():
         merged[key] = _merged(key, tensors[key], own)

@@ -2,8 +2,9 @@
 
 - lightx2v: `diffusion_model.<module>.lora_down.weight`, `.lora_up.weight`, `.diff`, `.diff_b`, `.diff_m`. LightX2V
   reads no alpha, so the scale is folded into `lora_up`.
-- comfyui: the same prefix and pairs with `.alpha`; a modulation is `<module>.modulation.diff`, as ComfyUI patches any
-  parameter by its own name.
+- comfyui: the same prefix and pairs, with `.alpha` where it is not the rank (what an absent one means: diffusers reads
+  alphas of the blocks only, and refuses a file with others); a modulation is `<module>.modulation.diff`, as ComfyUI
+  patches any parameter by its own name.
 - diffusers: `transformer.<diffusers module>.lora_A.weight`, `.lora_B.weight`, and a bias's change as `.lora_B.bias`
   (peft's lora_bias, which then every module has). It has no place for norms and modulations, and takes scale 1.
 """
@@ -95,7 +96,7 @@ class LoraWriter:
             # A convolution's pair has the kernel's axes in `down` and axes of one in `up`, as torch's own layers do.
             specs[down] = ((pair.rank, *pair.shape[1:]), self._dtype)
             specs[up] = ((pair.shape[0], pair.rank, *(1,) * (len(pair.shape) - 2)), self._dtype)
-            if dialect == "comfyui":
+            if self._states_alpha(pair):
                 specs[self._alpha_key(pair.key)] = ((), np.dtype(np.float32))
         specs |= {self._diff_key(diff.key): (diff.shape, self._dtype) for diff in diffs.values()}
         specs |= {self._diff_key(key): (shape, self._dtype) for key, shape in self._missing_bias.items()}
@@ -124,9 +125,8 @@ class LoraWriter:
         pair = self._pairs[key]
         down_key, up_key = self._pair_keys(key)
         scale = 1.0 if self._alpha is None else self._alpha / pair.rank
-        if self._dialect == "comfyui":
-            stated = pair.rank if self._alpha is None else self._alpha
-            self._writer.write(self._alpha_key(key), np.asarray(stated, np.float32))
+        if self._states_alpha(pair):
+            self._writer.write(self._alpha_key(key), np.asarray(self._alpha, np.float32))
         else:
             up = up * np.float32(scale)
         self._writer.write(down_key, self._cast(key, down.reshape(pair.rank, *pair.shape[1:])))
@@ -153,6 +153,9 @@ class LoraWriter:
         module = self._module(key)
         letters = ("A", "B") if self._dialect == "diffusers" else ("down", "up")
         return f"{module}.lora_{letters[0]}.weight", f"{module}.lora_{letters[1]}.weight"
+
+    def _states_alpha(self, pair: PairSpec) -> bool:
+        return self._dialect == "comfyui" and self._alpha is not None and self._alpha != pair.rank
 
     def _alpha_key(self, key: str) -> str:
         return f"{self._module(key)}.alpha"

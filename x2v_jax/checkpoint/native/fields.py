@@ -17,6 +17,8 @@ def check_schedule_field(name: str, value: object, default: object, where: str =
         kind = "a falling list of timesteps in 1..1000, or null"
     elif name == "sampler":
         good, kind = value in ("unipc", "step_distill"), "'unipc' or 'step_distill'"
+    elif name == "levels":
+        good, kind = value in ("exact", "table"), "'exact' or 'table'"
     elif name == "causal":
         good, kind = _is_causal_schedule(value), "null, or an object of block, window, mode and the like"
     elif isinstance(default, bool):
@@ -63,11 +65,13 @@ _WHOLE = ("num_attention_heads", "attention_head_dim", "d_kv", "intermediate_siz
 _LISTS = {"patch_size": int, "dim_mult": int, "temporal_downsample": bool, "latents_mean": float, "latents_std": float}
 
 
-def check_sizes(component: str, said: Mapping[str, object], config: Mapping[str, object]) -> None:
+def check_sizes(
+    component: str, said: Mapping[str, object], config: Mapping[str, object], where: str = "in config.json or --set"
+) -> None:
     """Refuses, say, a text where a number belongs, which would otherwise surface as an error far from the file.
 
     Args:
-        said: values by our names. config: the whole file, for the sizes that only diffusers' name.
+        said: values by our names. config: the whole file, for the sizes that only diffusers' name. where: they stand.
     """
     for name, value in {**said, **{key: config[key] for key in _WHOLE if config.get(key) is not None}}.items():
         if name in _LISTS and component != "image_encoder":  # CLIP's patch_size is one number
@@ -81,7 +85,7 @@ def check_sizes(component: str, said: Mapping[str, object], config: Mapping[str,
         else:
             good, kind = isinstance(value, int) and _is_a(int, value) and value > 0, "a whole number above 0"
         if not good:
-            raise UserError(f"{component}: {name} is {value!r} in config.json or --set; it must be {kind}")
+            raise UserError(f"{component}: {name} is {value!r} {where}; it must be {kind}")
 
 
 def _is_a[T](kind: type[T], value: object) -> TypeGuard[T]:

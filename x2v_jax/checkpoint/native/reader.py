@@ -129,7 +129,7 @@ class NativeCheckpoint:
             raise UserError(f"{holder.path / MODEL_FILE}: {component} has no config; convert the checkpoint again")
         try:
             known = {field.name for field in dataclasses.fields(CONFIGS[component])}
-            check_sizes(component, {name: value for name, value in values.items() if name in known}, {})
+            check_sizes(component, {name: value for name, value in values.items() if name in known}, {}, "there")
             return CONFIGS[component].from_dict(values)
         except (UserError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(

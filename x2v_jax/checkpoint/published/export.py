@@ -296,6 +296,18 @@ def _notes(native: NativeCheckpoint, layout: str, present: list[str]):
             yield f"the {layout} layout does not say that these weights are {native.variant!r}"
     if "transformer" in present and (text := _schedule_text(native, layout)):
         yield f"the {layout} layout does not hold this checkpoint's schedule: convert it back with --schedule {text}"
+    if layout == "diffusers" and "transformer" in present:
+        if native.schedule.is_distilled:
+            steps = list(native.schedule.denoising_step_list or ())
+            yield (
+                f"diffusers has no scheduler whose file can hold the steps {steps}: the one written is UniPC, for the "
+                "original model. Give the noise levels to set_timesteps of FlowMatchLCMScheduler(shift=1) as its sigmas"
+            )
+        else:
+            yield (
+                "diffusers' UniPC begins at noise level 1 - 1e-6 and Wan2.1's at 0.999 before the shift, and nothing "
+                "in its file changes that: the same noise gives a slightly different video there (docs/parity.md)"
+            )
     if layout != "diffusers" and (untold := _untold_of(native, present)):
         listed = "; ".join(f"{', '.join(fields)} of the {component}" for component, fields in untold.items())
         yield (

@@ -93,9 +93,10 @@ def clip_config(c: ClipConfig, *, with_projection: bool) -> Json:
 
 
 def image_processor_config(size: int) -> Json:
+    """Of the whole picture squeezed to a square, as Wan2.1 gives it to CLIP; diffusers' usual config crops it."""
     return {
         "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
+        "do_center_crop": False,
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
@@ -105,7 +106,7 @@ def image_processor_config(size: int) -> Json:
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": size},
+        "size": {"height": size, "width": size},
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from x2v_jax.checkpoint.names.wan import Shape
 from x2v_jax.checkpoint.native.fields import check_sizes
+from x2v_jax.checkpoint.published.relatives import check_transformer
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import CONFIGS, Config
 
@@ -66,10 +67,9 @@ def infer_config(component: str, shapes: Shapes, declared: Mapping[str, object] 
         declared: what config.json (the official one's or diffusers') says, as read.
 
     Raises:
-        UserError: the two contradict each other, the network is one that this project does not run, or a size is
-            neither measured nor declared.
+        OtherModel: the network is one that this project does not run.
+        UserError: the two contradict each other, or a size is neither measured nor declared.
     """
-    said = _declared(component, declared or {})
     measure = {
         "transformer": _measure_transformer,
         "vae": _measure_vae,
@@ -77,6 +77,9 @@ def infer_config(component: str, shapes: Shapes, declared: Mapping[str, object] 
         "image_encoder": _measure_image_encoder,
     }
     measured = {k: v for k, v in measure[component](shapes).items() if v is not None}
+    if component == "transformer":
+        check_transformer(measured, declared or {})
+    said = _declared(component, declared or {})
     # A lost shard must show as missing tensors, not as a shallower network: the declared depth counts.
     wrong = [
         f"{name} is {said[name]} in config.json and {measured[name]} by the tensors"
@@ -116,9 +119,6 @@ def _declared(component: str, config: Mapping[str, Any]) -> Values:
 
 
 def _refuse_other_transformers(config: Mapping[str, object]) -> None:
-    kind = config.get("model_type", "t2v")
-    if kind not in ("t2v", "i2v"):
-        raise UserError(f"transformer: model_type is {kind!r} in config.json; this project runs 't2v' and 'i2v'")
     for switch in ("qk_norm", "cross_attn_norm"):
         if config.get(switch, True) in (False, None):
             raise UserError(f"transformer: {switch} is {config[switch]!r} in config.json; Wan2.1 has it on")

@@ -15,6 +15,8 @@ _LISTED = 8
 _OTHER_MODELS = (
     ("vace_", "VACE (video editing)"),
     ("img_emb.emb_pos", "first-and-last-frame-to-video"),
+    ("image_embedder.pos_embed", "first-and-last-frame-to-video"),
+    ("to_gate_compress", "FastWan (FastVideo's few-step Wan)"),
     ("cfg_cond_proj.", "a model distilled for a variable guidance scale"),
     ("affine_norm", "LightX2V's advanced_ptq"),
     ("_cls_pred_branch", "a GAN critic"),
@@ -60,8 +62,17 @@ def _own(found: OfficialTensors, key: str) -> str:
 
 
 def _hint(keys: Iterable[str]) -> str:
-    kinds = {kind for key in keys for sign, kind in _OTHER_MODELS if sign in key}
-    return f" (of {' and '.join(sorted(kinds))}, which this project does not run)" if kinds else ""
+    kinds = other_models(keys)
+    return f" (of {' and '.join(kinds)}, which this project does not run)" if kinds else ""
+
+
+def other_models(keys: Iterable[str]) -> list[str]:
+    """The models outside this project's scope that some of the keys belong to.
+
+    >>> other_models(["vace_blocks.0.before_proj.weight", "head.head.bias"])
+    ['VACE (video editing)']
+    """
+    return sorted({kind for key in keys for sign, kind in _OTHER_MODELS if sign in key})
 
 
 def ranges(keys: Sequence[str]) -> list[str]:

@@ -6,13 +6,13 @@ tensors cannot tell (base or distilled). Nothing falls back: a variant that is n
 
 import dataclasses
 import pathlib
-import re
 
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.files.safetensors import read_metadata
 from x2v_jax.checkpoint.native.writer import FORMAT
+from x2v_jax.checkpoint.published import hints, relatives
 from x2v_jax.checkpoint.published.key_check import ranges
-from x2v_jax.checkpoint.published.read import KeyConvention, RawTensors, identify, read_raw, unwrapped
+from x2v_jax.checkpoint.published.read import KeyConvention, NoWeights, RawTensors, identify, read_raw, unwrapped
 from x2v_jax.checkpoint.published.shards import SUFFIXES, FileSet, file_set_of, file_sets
 from x2v_jax.checkpoint.quantize.calibration import FORMAT as CALIBRATION_FORMAT
 from x2v_jax.errors import UserError
@@ -37,17 +37,10 @@ _UNSUPPORTED_FOLDERS = {
 }
 _TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "tokenizer.json")
 
-# Words in the name of a file or folder that tell the variant; the first that is found counts.
-_HINTS = (
-    (re.compile(r"self[_-]?forcing"), "self_forcing"),
-    (re.compile(r"caus(?:vid|al)"), "causvid"),
-    (re.compile(r"distill"), "distill"),
-)
-
-
 # Why a file is left out.
-_LORA = "a LoRA; give it with --lora to the conversion of its model"
+LORA = "a LoRA; give it with --lora to the conversion of its model"
 _PART = "part of a converted checkpoint; give its folder, which has a model.json"
+_UNKNOWN_PART = "weights of a part that Wan2.1 does not have"
 _CALIBRATION = "recorded activations, for --smooth of the conversion of their model"
 
 
@@ -55,7 +48,9 @@ _CALIBRATION = "recorded activations, for --smooth of the conversion of their mo
 class NetworkFiles:
     """Files that hold one network.
 
-    variant: of a transformer; None when nothing tells it. state: of a trainer's file, else None.
+    variant: of a transformer; None when nothing tells it. is_guess: whether it stands for "base" only because no name
+    says otherwise. asks: what a name says of a distillation without saying for which steps. other: the model that it is
+    by its names, and which name that is, where that is not Wan2.1. state: of a trainer's file, else None.
     config_file: the config.json that describes it. precision: "int8" or "fp8" when the weights are 8-bit.
     """
 
@@ -68,6 +63,9 @@ class NetworkFiles:
     config_file: pathlib.Path | None = None
     precision: str | None = None
     index: FileSet | None = None
+    is_guess: bool = False
+    asks: str | None = None
+    other: tuple[str, str] | None = None
 
     @property
     def convention(self) -> KeyConvention:
@@ -94,7 +92,8 @@ class Layout:
     """What a path holds. kind: wan, lightx2v, diffusers, trainer, file, native, lora, part (a file of a native
     checkpoint), calibration (recorded activations) or unknown.
 
-    left_out: file or folder -> why it is not used.
+    left_out: file or folder -> why it is not used. other: the model that the folder holds as a whole, and what says so,
+    where that is not Wan2.1.
     """
 
     path: pathlib.Path
@@ -102,12 +101,24 @@ class Layout:
     sources: tuple[NetworkFiles, ...] = ()
     tokenizer: pathlib.Path | None = None
     left_out: tuple[tuple[pathlib.Path, str], ...] = ()
+    other: tuple[str, str] | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The known variants of the transformers here."""
         found = {s.variant for s in self.of("transformer")}
         return tuple(v for v in VARIANTS if v in found)
+
+    @property
+    def scheduler_file(self) -> pathlib.Path | None:
+        """Of a diffusers folder, its scheduler's config; None where there is none."""
+        file = self.path / "scheduler/scheduler_config.json"
+        return file if self.kind == "diffusers" and file.is_file() else None
+
+    @property
+    def unknown_parts(self) -> tuple[pathlib.Path, ...]:
+        """Subfolders with weights that nothing here reads."""
+        return tuple(path for path, reason in self.left_out if reason == _UNKNOWN_PART)
 
     def of(self, component: str) -> list[NetworkFiles]:
         return [s for s in self.sources if s.component == component]
@@ -126,17 +137,23 @@ def recognise(path: str | pathlib.Path) -> Layout:
         raise UserError(f"{path}: no such file or folder; give the path of a checkpoint")
     if (path / "model.json").is_file():
         return Layout(path, "native")
+    layout, other = _recognise_folder(path), relatives.of_folder(path)
+    if other is None:
+        return layout
+    sources = (dataclasses.replace(s, other=other) if s.component == "transformer" else s for s in layout.sources)
+    return dataclasses.replace(layout, sources=tuple(sources), other=other)
+
+
+def _recognise_folder(path: pathlib.Path) -> Layout:
     if (path / "model_index.json").is_file() or (path / "transformer").is_dir() or _has_described_parts(path):
         folders = {name: "base" if name == "transformer" else None for name in COMPONENTS}
         layout = _scan(path, "diffusers", folders)
-        hint = _hint(path.name)
-        if hint:
-            return dataclasses.replace(layout, sources=tuple(_with_variant(s, hint) for s in layout.sources))
-        return layout
+        named = tuple(_named(s, hints.folder_names(path)) for s in layout.sources)
+        return dataclasses.replace(layout, sources=named, left_out=(*layout.left_out, *_unknown_parts(path)))
     layout = _scan(path, "wan", _SUBFOLDERS)
     conventions = {s.convention for s in layout.sources}
     if not layout.sources:
-        kind = "lora" if any(reason == _LORA for _, reason in layout.left_out) else "unknown"
+        kind = "lora" if any(reason == LORA for _, reason in layout.left_out) else "unknown"
         return dataclasses.replace(layout, kind=kind)
     if any(s.files[0].parent.name in _SUBFOLDERS and s.files[0].parent != path for s in layout.sources) or any(
         s.precision for s in layout.sources
@@ -147,6 +164,25 @@ def recognise(path: str | pathlib.Path) -> Layout:
     if conventions == {KeyConvention("transformer", "diffusers")} or all(k.naming == "diffusers" for k in conventions):
         return dataclasses.replace(layout, kind="diffusers")
     return layout
+
+
+def _named(source: NetworkFiles, names: tuple[str, ...]) -> NetworkFiles:
+    """A network of a diffusers folder with what the folder's names say of it."""
+    if source.component != "transformer":
+        return source
+    variant = next(filter(None, map(hints.variant_in, names)), None)
+    asks = next(filter(None, map(hints.distilled_in, names)), None)
+    if variant:
+        return dataclasses.replace(source, variant=variant)
+    return dataclasses.replace(source, asks=asks, is_guess=not any(map(hints.is_original, names)))
+
+
+def _unknown_parts(root: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+    """Subfolders of a diffusers folder with weights that nothing here reads."""
+    known = {*COMPONENTS, "loras"}
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in known]
+    held = [p for p in folders if any(file.suffix in SUFFIXES for file in p.iterdir() if file.is_file())]
+    return [(p, _UNKNOWN_PART) for p in held]
 
 
 def _has_described_parts(path: pathlib.Path) -> bool:
@@ -162,7 +198,7 @@ def _recognise_file(path: pathlib.Path) -> Layout:
     files = file_set_of(path)
     found = _source(files, path.parent, None)
     if isinstance(found, str):
-        kinds = {_LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
+        kinds = {LORA: "lora", _PART: "part", _CALIBRATION: "calibration"}
         return Layout(path, kinds.get(found, "unknown"), left_out=((path, found),))
     kind = "trainer" if found.state else "lightx2v" if found.precision else "file"
     return Layout(path, kind, (found,), _tokenizer(path.parent))
@@ -218,29 +254,29 @@ def _source(files: FileSet, root: pathlib.Path, variant: str | None) -> NetworkF
         if convention.component is None and files.index:
             raw = read_raw(files.files)
             convention = identify(raw.tensors)
+    except NoWeights as error:
+        return f"holds {error.held}"
     except UserError as error:
         if _is_auxiliary(files):
             return str(error)
         raise
     if convention.component == "lora":
-        return _LORA
+        return LORA
     if convention.component is None:
         return "holds none of Wan2.1's networks"
     names = {tensor.dtype.name for tensor in raw.tensors.values()}
     precision = "int8" if "int8" in names else "fp8" if any(n.startswith("float8") for n in names) else None
-    if convention.component == "transformer":
-        variant = variant or _variant(files, raw, root, precision)
-    return NetworkFiles(
+    network = NetworkFiles(
         convention.component,
         files.files,
         convention.naming,
-        variant if convention.component == "transformer" else None,
-        raw.state,
-        raw.other_states,
-        _config_file(files.files[0].parent, convention),
-        precision,
-        files if files.index else None,
+        state=raw.state,
+        other_states=raw.other_states,
+        config_file=_config_file(files.files[0].parent, convention),
+        precision=precision,
+        index=files if files.index else None,
     )
+    return network if convention.component != "transformer" else _identified(network, root, variant)
 
 
 def _of_ours(path: pathlib.Path) -> str | None:
@@ -256,25 +292,27 @@ def _is_auxiliary(files: FileSet) -> bool:
     return files.files[0].suffix == ".bin" or files.files[0].name.startswith(("optimizer", "scheduler", "rng_state"))
 
 
-def _variant(files: FileSet, raw: RawTensors, root: pathlib.Path, precision: str | None) -> str | None:
-    first = files.files[0]
+def _identified(network: NetworkFiles, root: pathlib.Path, variant: str | None) -> NetworkFiles:
+    """A transformer with what names of files and folders say of it. variant: what its place has said already."""
+    first, precision = network.files[0], network.precision
     within = first.relative_to(root).parts if first.is_relative_to(root) else (first.name,)
-    for name in (*reversed(within), *((root.name, root.parent.name) if precision or raw.state else (root.name,))):
-        if name == root.name and first.name.startswith("diffusion_pytorch_model") and not precision:
-            break  # in a folder named after a distilled model, the shards of that name are the base it came from
-        if hint := _hint(name):
-            return hint
-    if raw.state is None and first.name.startswith("diffusion_pytorch_model"):
-        return "base"
-    return None
-
-
-def _hint(name: str) -> str | None:
-    return next((variant for pattern, variant in _HINTS if pattern.search(name.lower())), None)
-
-
-def _with_variant(source: NetworkFiles, variant: str) -> NetworkFiles:
-    return dataclasses.replace(source, variant=variant) if source.component == "transformer" else source
+    own, folders = tuple(reversed(within)), hints.folder_names(root)
+    if root.name in (*_SUBFOLDERS, *COMPONENTS) or precision or network.state:
+        folders = (*folders, root.parent.name)
+    network = dataclasses.replace(network, other=hints.relative_in(own[0], (*own[1:], *folders)))
+    if variant:
+        return dataclasses.replace(network, variant=variant)
+    # In a folder named after a distilled model, the shards of this name are the base that it came from.
+    is_shard_of_base = first.name.startswith("diffusion_pytorch_model")
+    names = own if is_shard_of_base and not precision else (*own, *folders)
+    if found := next(filter(None, map(hints.variant_in, names)), None):
+        return dataclasses.replace(network, variant=found)
+    asks = next(filter(None, map(hints.distilled_in, names)), None)
+    if is_shard_of_base and network.state is None:
+        return dataclasses.replace(
+            network, variant="base", asks=asks, is_guess=not any(map(hints.has_published_base, folders))
+        )
+    return dataclasses.replace(network, asks=asks)
 
 
 def _config_file(folder: pathlib.Path, convention: KeyConvention) -> pathlib.Path | None:

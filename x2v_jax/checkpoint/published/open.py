@@ -16,6 +16,7 @@ from x2v_jax.checkpoint.published.infer_config import infer_config
 from x2v_jax.checkpoint.published.key_check import differences
 from x2v_jax.checkpoint.published.layouts import NetworkFiles, declared
 from x2v_jax.checkpoint.published.read import KeyConvention, OfficialTensors, RawTensors, to_official
+from x2v_jax.checkpoint.published.relatives import OtherModel, check_vae
 from x2v_jax.checkpoint.quantize.eight_bit import EightBit, Factors
 from x2v_jax.models.config import ClipConfig
 
@@ -35,9 +36,14 @@ def open_source(
     """Reads the headers of a source, finds its sizes, and lists what is wrong with its tensors.
 
     Raises:
+        OtherModel: it is another model than Wan2.1's.
         UserError: its sizes cannot be told.
     """
+    if source.other is not None:
+        raise OtherModel(str(source.files[0]), *source.other)
     found = to_official(source.read(), source.convention)
+    if source.component == "vae":
+        check_vae(found.shapes, found.unknown, declared(source))
     config = infer_config(source.component, found.shapes, declared(source) | dict(settings or {}))
     if isinstance(config, ClipConfig) and source.naming == "diffusers" and "visual.head" not in found.tensors:
         found = _with_empty_head(found, config)

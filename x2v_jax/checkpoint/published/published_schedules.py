@@ -4,13 +4,14 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.native.fields import check_schedule_field
-from x2v_jax.errors import UserError, did_you_mean
-from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig
+from x2v_jax.checkpoint.published.hints import is_original
+from x2v_jax.errors import UserError, did_you_mean, is_number
+from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig, is_published_size
 
 # What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
 _NEGATIVE = (
@@ -67,6 +68,39 @@ def default_schedule(variant: str, config: WanConfig | None, where: str = "") ->
     return SCHEDULES["t2v_1_3b" if config is None or config.dim <= 1536 else "t2v_14b"]
 
 
+def flow_shift(scheduler_file: pathlib.Path | None) -> float | None:
+    """The time shift that the scheduler_config.json of a diffusers folder states; None where it states none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    config = {} if scheduler_file is None else read_json(scheduler_file)
+    shift = config.get("flow_shift", config.get("shift"))
+    return float(shift) if is_number(shift) and shift > 0 else None
+
+
+def with_flow_shift(
+    schedule: Schedule, shift: float | None, config: WanConfig, names: Sequence[str]
+) -> tuple[Schedule, str | None]:
+    """The schedule with the shift that a diffusers folder states, unless the folder is a published model.
+
+    Of those Wan's own number counts.
+
+    Args:
+        shift: as `flow_shift` gives it. config: of the transformer. names: of the folder; see `hints.folder_names`.
+
+    Returns:
+        The schedule, and a sentence for the user where the file says another shift than the usual one.
+    """
+    if shift is None or shift == schedule.shift:
+        return schedule, None
+    said = f"scheduler_config.json says flow_shift {shift:g}"
+    if is_published_size(config) and any(map(is_original, names)):
+        return schedule, f"{said}, and Wan's own {schedule.shift:g} for this model counts; --schedule says otherwise"
+    changed = dataclasses.replace(schedule, shift=shift)
+    return changed, f"{said}, which counts here in place of the usual {schedule.shift:g}"
+
+
 def resolution_in(path: str) -> str | None:
     """ "480p" or "720p", whichever stands last in a path; None when neither does.
 
@@ -95,12 +129,20 @@ def override_schedule(text: str, default: Schedule) -> Schedule:
     changed = Schedule.from_dict(default.to_dict() | values)
     if "denoising_step_list" in values and changed.denoising_step_list and "num_inference_steps" not in values:
         changed = dataclasses.replace(changed, num_inference_steps=len(changed.denoising_step_list))
+    unwarped = changed.is_distilled and not changed.warp_denoising_step
+    if unwarped and default.warp_denoising_step and "levels" not in values and not _is_causvids(changed):
+        # Self-Forcing and FastVideo look such a list up in their table of 1000 levels.
+        changed = dataclasses.replace(changed, levels="table")
     if changed.is_distilled != (changed.sampler == "step_distill"):
         raise UserError(
             f"--schedule: sampler {changed.sampler!r} with denoising_step_list {changed.denoising_step_list}; a "
             "step list goes with 'step_distill' and only with it"
         )
     return changed
+
+
+def _is_causvids(schedule: Schedule) -> bool:
+    return schedule.denoising_step_list == SCHEDULES["causvid"].denoising_step_list
 
 
 def _values(text: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ or unknown.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from x2v_jax import shipped
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.files.safetensors import read_safetensors
 from x2v_jax.checkpoint.files.torch_reader import read_torch_file
@@ -27,6 +29,15 @@ _WRAPPERS = frozenset(
 )
 # Where a trainer's file keeps the weights, best first: the published demos load the averaged weights.
 _STATES = ("generator_ema", "generator", "model", "state_dict", "module", "ema")
+
+
+class NoWeights(UserError):
+    """A file of torch.save with other things than named tensors in it. held: what, in a user's words."""
+
+    def __init__(self, path: pathlib.Path, held: str):
+        super().__init__(f"{path}: it holds {held}; give a file of model weights")
+        self.held = held
+
 
 _ACTIVATION_SCALES = (".scale_input", ".input_scale")
 
@@ -125,7 +136,41 @@ def _read_file(path: pathlib.Path) -> tuple[Mapping[str, LazyTensor], str | None
         others += [str(name) for name in node if name != chosen]
         state = state or chosen
         node = nested[chosen]
-    raise UserError(f"{path}: it holds {type(node).__name__}, not named tensors; give a file of model weights")
+    raise NoWeights(path, _told(node))
+
+
+def _told(node: object) -> str:
+    """What a file holds that is no set of named tensors, in a user's words."""
+    if isinstance(node, LazyTensor):
+        return f"one tensor without a name, {node.dtype.name} {list(node.shape)}{_use(node.shape)}"
+    if isinstance(node, list | tuple):
+        tensors = [item for item in node if isinstance(item, LazyTensor)]
+        return f"a list of {len(node)} without names" + (f", the first of them {_told(tensors[0])}" if tensors else "")
+    if node is None or isinstance(node, bool | int | float | str | bytes):
+        return f"a single value, {node!r:.40}"
+    return "something that is no set of named tensors"
+
+
+def _use(shape: Sequence[int]) -> str:
+    """What a tensor of this shape could be for, by Wan2.1's channels."""
+    lead, size = (shape[:-4], tuple(shape[-4:])) if len(shape) >= 4 else ((), ())
+    if size and math.prod(lead) == 1 and 16 in size[:2]:
+        frames, (height, width) = size[1 - size.index(16)], size[2:]
+        pixels = f"{4 * (frames - 1) + 1} frames of {8 * height}x{8 * width}"
+        infer = shipped.command("infer --config.continue_from=FILE")
+        return (
+            f": by its shape it could be latents of a video of {pixels}, which are no weights; `{infer}` takes them as "
+            "`latents` [16, frames, height, width] in a .safetensors file"
+        )
+    if size and 3 in size[-3:]:
+        return ": by its shape it could be pictures, which are no weights"
+    if len(shape) in (2, 3) and shape[-1] == 4096:
+        infer = shipped.command("infer --config.text_embeddings=FILE")
+        return (
+            f": by its shape it could be the embedding of a prompt, which is no weights; `{infer}` takes it as `text` "
+            "[tokens, 4096] in a .safetensors file"
+        )
+    return ""
 
 
 def _holds_tensors(node: Mapping[object, object]) -> bool:

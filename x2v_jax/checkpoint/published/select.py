@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from x2v_jax import shipped
 from x2v_jax.checkpoint.published.layouts import Layout, NetworkFiles
+from x2v_jax.checkpoint.published.relatives import OtherModel
 from x2v_jax.errors import UserError
 from x2v_jax.models.config import COMPONENTS
 
@@ -25,6 +26,8 @@ def select(
     """
     if layout.kind in ("part", "calibration"):
         raise UserError(f"{layout.path} is {layout.left_out[0][1]}")
+    if layout.other is not None and (not components or "transformer" in components):
+        raise OtherModel(str(layout.path), *layout.other)
     wanted = [c for c in components or COMPONENTS if c not in lent]
     chosen: dict[str, NetworkFiles] = {}
     for component in wanted:
@@ -50,10 +53,14 @@ def _of_variant(layout: Layout, found: list[NetworkFiles], variant: str | None) 
         exact = [s for s in found if s.variant == variant]
         if not exact:
             exact = [dataclasses.replace(s, variant=variant) for s in found if s.variant is None]
+        if (
+            not exact and len(layout.of("transformer")) == 1 and found and found[0].is_guess
+        ):  # the user knows what the names do not say
+            exact = [dataclasses.replace(found[0], variant=variant)]
         if found and not exact:
             raise UserError(
                 f"--variant {variant}: {layout.path} has no such transformer ({_expected(variant)}); it holds "
-                f"{' and '.join(layout.variants)}"
+                f"{' and '.join(layout.variants)}; to sample that one in another way, give --schedule instead"
             )
         found = exact
     known = {s.variant for s in found}

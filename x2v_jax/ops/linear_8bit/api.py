@@ -223,7 +223,7 @@ def _check(
         if values.dtype != weight.dtype:
             raise UserError(f"rows of {values.dtype} cannot be multiplied with weights of {dtype}: quantize them alike")
     elif not jnp.issubdtype(values.dtype, jnp.floating):
-        raise UserError(f"x is {values.dtype}; it must be floats or QuantizedRows")
+        raise UserError(f"x is {values.dtype}; it must be floats or rows that quantize_rows made")
     if weight.ndim != 2 or values.shape[-1:] != weight.shape[1:]:
         raise UserError(f"x {values.shape} does not fit a weight [out, in] of {weight.shape}")
     n, lead = weight.shape[0], values.shape[:-1]
