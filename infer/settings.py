@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from x2v_jax import shipped
-from x2v_jax.checkpoint.lora.arguments import lora_pair, parse_lora_argument
+from x2v_jax.checkpoint.lora.arguments import distilling, lora_pairs
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.config import flags
@@ -77,8 +77,8 @@ def read_settings(line: flags.CommandLine) -> Settings:
             f"config.task is {config.task!r}, but {checkpoint.path} is a {checkpoint.task} checkpoint; choose the "
             "config that belongs to it, or another checkpoint"
         )
-    loras = tuple(_lora(entry) for entry in config.lora)
-    jobs = _jobs(config, checkpoint, has_loras=bool(loras))
+    loras = _loras(config)
+    jobs = _jobs(config, checkpoint, loras)
     for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
         _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
     jobs[0].request.open_inputs()
@@ -171,14 +171,15 @@ def _find_files(line: flags.CommandLine, config: Config, model_sha256: Any) -> N
             config[name] = shipped.locate(config[name], typed=typed)
 
 
-def _lora(entry: Any) -> tuple[str, float]:
-    path, strength = parse_lora_argument(entry) if isinstance(entry, str) else lora_pair(entry, "config.lora")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"config.lora: {path!r} is no file; mend the path")
-    return path, strength
+def _loras(config: Config) -> tuple[tuple[str, float], ...]:
+    loras = lora_pairs(config.lora, "config.lora", typed=True)
+    for path, _ in loras:
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"config.lora: {path!r} is no file; mend the path")
+    return loras
 
 
-def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> tuple[Job, ...]:
+def _jobs(config: Config, checkpoint: NativeCheckpoint, loras: tuple[tuple[str, float], ...]) -> tuple[Job, ...]:
     prompts = [config.prompt] if config.prompt_file is None else _read_prompts(config.prompt_file)
     shared = {name: config[name] for name in Request.field_names() if name in config}
     shared["seed"] = None if config.seed == -1 else config.seed
@@ -187,13 +188,14 @@ def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> t
     if config.endless and total > 1:
         raise UserError(f"config.endless is True for {total} videos, and the first has no end; give seconds instead")
     jobs, files = [], InputFiles()
+    anyway = {"has_loras": bool(loras), "distilled_by": distilling(loras), "allow_mismatch": config.allow_mismatch}
     for prompt in prompts:
         for offset in range(config.num_videos):
             number = len(jobs) + 1
             seed = None if shared["seed"] is None else shared["seed"] + offset
             latents = _numbered_latents(config, number, total)
             asked = Request(**(shared | {"prompt": prompt, "seed": seed, "save_latents": latents}))
-            request = resolve(asked, checkpoint, files=files, has_loras=has_loras, allow_mismatch=config.allow_mismatch)
+            request = resolve(asked, checkpoint, files=files, **anyway)
             from_file = config.prompt_file is not None
             jobs.append(Job(request, *_place(config.output, request, number, total, from_file)))
     for folder in {job.folder for job in jobs}:

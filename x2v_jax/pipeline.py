@@ -5,7 +5,6 @@ Videos whose frames are made all together: `Pipeline.generate`. Models that make
 """
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,8 +12,9 @@ from typing import Self, Unpack
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
+from x2v_jax.checkpoint.lora.arguments import Loras, distilling, lora_pairs
 from x2v_jax.checkpoint.native import reader
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
@@ -23,36 +23,14 @@ from x2v_jax.generate.blocks import Block, collect
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
-from x2v_jax.generate.network import Lora
 from x2v_jax.generate.programs import Program, compile_all
+from x2v_jax.generate.result import Frames, Result
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import device, need, predict
 from x2v_jax.request.inputs import BlockInputs, InputFiles
 from x2v_jax.request.options import OptionFields, RunOptions, show_fields
 from x2v_jax.request.request import Request, RequestFields
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
-
-Frames = UInt8[np.ndarray, "F H W 3"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One video and how it came about.
-
-    frames: uint8 [F, H, W, 3].
-    latents: float32 [f, h, w, C], as they were before the VAE.
-    request: as it was decided, with the seed that was drawn.
-    seconds: wall time of "load", "text", "image", "denoise" and "vae"; the first call of a size includes compiling.
-    memory_plan: predicted bytes.
-    peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
-    """
-
-    frames: Frames
-    latents: Float[np.ndarray, "f h w c"]
-    request: ResolvedRequest
-    seconds: dict[str, float]
-    memory_plan: predict.MemoryPlan
-    peak_bytes: int
 
 
 class Pipeline:
@@ -64,31 +42,46 @@ class Pipeline:
     """
 
     def __init__(
-        self, checkpoint: reader.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
+        self,
+        checkpoint: reader.NativeCheckpoint,
+        *,
+        loras: Loras | None = None,
+        lora: Loras | None = None,
+        **options: Unpack[OptionFields],
     ):
         """See `from_checkpoint`."""
+        if loras is not None and lora is not None:
+            raise UserError("loras and lora are both given, and mean the same; leave one out")
+        pairs = lora_pairs(lora, "lora") if loras is None else lora_pairs(loras)
         self.checkpoint = checkpoint
         self.options = RunOptions.of(options)
-        self._has_loras = bool(loras)
+        self._loras = pairs
         self._files = InputFiles()
-        self._components = Components(checkpoint, self.options, loras)
+        self._components = Components(checkpoint, self.options, pairs)
         self.lora_report = self._components.lora_report
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike[str], *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        loras: Loras | None = None,
+        lora: Loras | None = None,
+        **options: Unpack[OptionFields],
     ) -> Self:
         """A pipeline on a checkpoint that `python -m convert` made. Weights are read when they are first needed.
 
         Args:
             path: the checkpoint's folder.
-            loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
+            loras: merged into the transformer when it is loaded: a file, a (file, strength) pair, a list of either, or
+                a dict of file -> strength.
+            lora: another name for `loras`.
             options: fields of `request.options.RunOptions`.
 
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
-        return cls(reader.open_checkpoint(path), loras=loras, **options)
+        return cls(reader.open_checkpoint(path), loras=loras, lora=lora, **options)
 
     def __call__(self, prompt: str, **fields: Unpack[RequestFields]) -> Frames:
         """Makes one video.
@@ -173,8 +166,14 @@ class Pipeline:
         """What is asked -> what is decided, by this pipeline's checkpoint and settings. What is decided stays."""
         if isinstance(request, ResolvedRequest):
             return request
-        anyway = self.options.allow_mismatch
-        return resolve(request, self.checkpoint, files=self._files, has_loras=self._has_loras, allow_mismatch=anyway)
+        return resolve(
+            request,
+            self.checkpoint,
+            files=self._files,
+            has_loras=bool(self._loras),
+            distilled_by=distilling(self._loras),
+            allow_mismatch=self.options.allow_mismatch,
+        )
 
     def output_size(self, request: Request | ResolvedRequest) -> tuple[int | None, int, int]:
         """Frames (None: endless), height and width in pixels of the video that a request gives."""
@@ -185,7 +184,7 @@ class Pipeline:
 
     def plan(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
         """The memory that a request will take, worked out before anything is loaded."""
-        return self._memory(self.resolve(request)).plan()
+        return self._components.memory(self.resolve(request)).plan()
 
     def check_memory(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
         """The memory that a request will take, compared with what there is. Warns where it may be too little.
@@ -193,7 +192,7 @@ class Pipeline:
         Raises:
             UserError: it is beyond memory_limit, or the weights alone are more than the device has.
         """
-        needs = self._memory(self.resolve(request))
+        needs = self._components.memory(self.resolve(request))
         plan, limit = needs.plan(), self.options.memory_limit_bytes
         need.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
         return plan
@@ -323,24 +322,7 @@ class Pipeline:
                 yield block
 
     def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
-        return need.explained(lambda: self._memory(request).explain(device.device_bytes()))
-
-    def _memory(self, request: ResolvedRequest) -> need.MemoryNeed:
-        blocks = None
-        if isinstance(request.plan, RolloutPlan):
-            kv_cache = request.kv_cache or self.options.dtype
-            blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
-        return need.MemoryNeed(
-            self.checkpoint,
-            {name: network.config for name, network in self._components.networks.items()},
-            request.latent_shape[:3],
-            request.uses_guidance,
-            not request.inputs.replaces_text_encoder,
-            blocks,
-            self.options,
-            on_cpu=jax.default_backend() == "cpu",
-            available=self.options.memory_limit_bytes or device.device_bytes(),
-        )
+        return need.explained(lambda: self._components.memory(request).explain(device.device_bytes()))
 
 
 show_fields(Pipeline.__init__, RunOptions)

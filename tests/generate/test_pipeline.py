@@ -347,6 +347,21 @@ def test_loras_are_merged_when_the_transformer_is_loaded(base: Pipeline, tmp_pat
         base.generate(Request(PROMPT, denoising_step_list=(1000, 500)))
 
 
+def test_a_lora_whose_name_says_that_it_distills_is_a_warning_where_it_should_not_be(
+    base: Pipeline, distilled: Pipeline, tmp_path: pathlib.Path
+):
+    file = lora_file(tmp_path / "step_distill.safetensors")
+    with pytest.warns(UserWarning, match="distilled already"):
+        Pipeline(distilled.checkpoint, loras={file: 0.5}).resolve(Request(PROMPT))
+    pipeline = Pipeline(base.checkpoint, lora=str(file))
+    assert pipeline.lora_report is not None and pipeline.lora_report.files[0].strength == 1.0
+    with pytest.warns(UserWarning, match="3 steps of the original model; give its denoising_step_list"):
+        pipeline.resolve(Request(PROMPT))
+    pipeline.resolve(Request(PROMPT, denoising_step_list=(1000, 500)))
+    with pytest.raises(UserError, match="loras and lora are both given"):
+        Pipeline(base.checkpoint, lora=str(file), loras=str(file))
+
+
 def test_options_that_do_not_exist_are_refused(base: Pipeline, tmp_path: pathlib.Path):
     with pytest.raises(UserError, match="dtype is 'int8'"):
         Pipeline(base.checkpoint, dtype="int8")

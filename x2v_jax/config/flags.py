@@ -127,6 +127,8 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: object) -> None
     wanted = holder.get_type(last)
     if wanted is tuple and isinstance(value, list):
         value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if wanted is tuple and isinstance(value, str | dict):
+        value = (value,)  # one entry, where several could be
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     mixed_up = isinstance(value, bool) and wanted is not bool  # bool is an int to isinstance
@@ -202,6 +204,8 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
             value = ast.literal_eval(candidate)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
+        if isinstance(value, dict):
+            return (value,)
         if isinstance(value, list | tuple):
             return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     return tuple(part.strip() for part in text.split(","))  # bare words, such as file names

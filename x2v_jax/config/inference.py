@@ -13,7 +13,11 @@ from x2v_jax.config.flags import Key, make_config
 KEYS = (
     Key("checkpoint", "assets/shapes", f"folder of a checkpoint made by `{shipped.command('convert')}`"),
     Key("task", str, "t2v or i2v: refuse a checkpoint that does the other"),
-    Key("lora", (), 'LoRA files merged at load: (("file.safetensors", 1.0), …)'),
+    Key(
+        "lora",
+        (),
+        'LoRAs merged at load: FILE, FILE:0.8, ("FILE", 0.8), {"FILE": 0.8}, or several with commas between them',
+    ),
     Key("prompt", "", "what the video shows"),
     Key("negative_prompt", str, "what it should not show; needs guidance"),
     Key("prompt_file", str, "text file of prompts, one a line; a video for each"),

@@ -6,8 +6,8 @@ from typing import Any, Literal, overload
 
 import jax
 
-from x2v_jax.checkpoint.lora.arguments import Lora
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
+from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
 from x2v_jax.generate.denoise import Denoiser
@@ -15,22 +15,24 @@ from x2v_jax.generate.image import ImageConditioner
 from x2v_jax.generate.network import Network, describe_networks
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
+from x2v_jax.memory import device, need
 from x2v_jax.models.config import ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.ops import devices
 from x2v_jax.request.options import RunOptions
+from x2v_jax.request.resolve import ResolvedRequest
 
 
 class Components:
     """What one checkpoint's videos are made with.
 
     Args:
-        loras: merged into the transformer when it is loaded.
+        loras: files and strengths, merged into the transformer when it is loaded.
 
     Raises:
         UserError: the checkpoint is damaged, a LoRA does not fit it, or the device cannot run what the options name.
     """
 
-    def __init__(self, checkpoint: NativeCheckpoint, options: RunOptions, loras: Sequence[Lora]):
+    def __init__(self, checkpoint: NativeCheckpoint, options: RunOptions, loras: Sequence[tuple[str, float]]):
         self.checkpoint = checkpoint
         self.options = options
         kinds = {checkpoint.quantization(name) for name in checkpoint.components if name != "tokenizer"} - {None}
@@ -108,6 +110,24 @@ class Components:
             for name in ("text_encoder", "image_encoder"):
                 if name in self.networks:
                     self.networks[name].release()
+
+    def memory(self, request: ResolvedRequest) -> need.MemoryNeed:
+        """What a request's video needs of the device's memory."""
+        blocks = None
+        if isinstance(request.plan, RolloutPlan):
+            kv_cache = request.kv_cache or self.options.dtype
+            blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
+        return need.MemoryNeed(
+            self.checkpoint,
+            {name: network.config for name, network in self.networks.items()},
+            request.latent_shape[:3],
+            request.uses_guidance,
+            not request.inputs.replaces_text_encoder,
+            blocks,
+            self.options,
+            on_cpu=jax.default_backend() == "cpu",
+            available=self.options.memory_limit_bytes or device.device_bytes(),
+        )
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         # On GPUs and TPUs float32 matmuls are rounded to fewer bits unless asked otherwise.

@@ -137,6 +137,7 @@ def resolve(
     *,
     files: InputFiles | None = None,
     has_loras: bool = False,
+    distilled_by: str = "",
     allow_mismatch: bool = False,
 ) -> ResolvedRequest:
     """Decides every field from the checkpoint's schedule and checks it. Files are opened later, when they are needed.
@@ -146,6 +147,7 @@ def resolve(
         files: what other requests of the run have opened; None: nothing.
         has_loras: LoRAs are merged at load. They may turn the base model into a distilled one, so a
             denoising_step_list on a checkpoint that has none is then accepted.
+        distilled_by: the one of them whose name says that it distills; "" for none.
         allow_mismatch: run settings that contradict the checkpoint's schedule.
 
     Raises:
@@ -192,6 +194,7 @@ def resolve(
     if problems:
         raise UserError(_join(problems))
     _warn(request, completed)
+    _warn_of_distillation(distilled_by, completed, schedule)
     later = tuple((float(second), text) for second, text in request.prompt_schedule)
     before = (completed.negative_prompt or "",) if completed.uses_guidance else ()
     return ResolvedRequest(
@@ -283,6 +286,21 @@ def _warn(request: Request, completed: Request) -> None:
         warnings.warn("prompt is empty: the video will show whatever the model likes", stacklevel=3)
     if request.negative_prompt and not completed.uses_guidance:
         warnings.warn("negative_prompt has no effect without guidance (guidance_scale is 1)", stacklevel=3)
+
+
+def _warn_of_distillation(lora: str, completed: Request, schedule: Schedule) -> None:
+    if lora and schedule.is_distilled:
+        warnings.warn(
+            f"the name of {lora} says that it distills, and the checkpoint is distilled already: twice is too much. "
+            "Leave the LoRA out, or put it on the original model",
+            stacklevel=3,
+        )
+    elif lora and completed.denoising_step_list is None:
+        warnings.warn(
+            f"the name of {lora} says that it distills, and this video is made in {completed.num_inference_steps} "
+            "steps of the original model; give its denoising_step_list, such as 1000,750,500,250",
+            stacklevel=3,
+        )
 
 
 def _join(problems: list[str]) -> str:
