@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "configs/shapes/t2v.py"
 OPTIONS = {
     "config": flags.Option(f"settings to start from [{DEFAULT_CONFIG}]", "FILE.py[:ARGUMENT]"),
-    "rerun": flags.Option("repeat a video with the settings that it carries", "FILE.mp4"),
+    "rerun": flags.Option("repeat a video with the settings that it, or the JSON beside it, carries", "FILE.mp4"),
     "warmup": flags.Option("compile what the video needs, for the next start, and make none"),
     "overwrite": flags.Option("replace existing files (the same as --config.overwrite=true)"),
 }
@@ -33,7 +33,7 @@ _CHECKPOINT = f"--config.checkpoint=FOLDER (made by `{shipped.command('convert')
 _OTHER_NAMES = {
     "model_path": _CHECKPOINT,
     "ckpt_dir": _CHECKPOINT,
-    "config_json": "--config=configs/lightx2v.py:FILE.json",
+    "config_json": "--config=FILE.json",
     "model_cls": "--config=configs/distill/… or configs/base/…",
     "image_path": "--config.image=FILE",
     "save_video_path": "--config.output=FILE.mp4",
@@ -52,7 +52,7 @@ _USAGE = f"""{_INFER}: makes videos from prompts and images
   {_INFER:<64}the tiny model that ships with the project
   {_INFER} --config.prompt="a blue square moves up"
   {_INFER} --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
-  {_INFER} --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
+  {_INFER} --config=LIGHTX2V.json --config.checkpoint=FOLDER
   {_INFER} --config=configs/shapes/t2v_causal.py --config.seconds=20
   {_INFER} --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
   {_INFER} --rerun outputs/FILE.mp4 --config.seed=7
@@ -64,7 +64,7 @@ is there is kept, and the exit code is 130."""
 
 
 def help_text() -> str:
-    return flags.help_text(_USAGE, OPTIONS, KEYS)
+    return flags.help_text(_USAGE, OPTIONS, KEYS, DEFAULT_CONFIG)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ def _generate(settings: Settings, interrupts: Interrupts) -> None:
 def _one_video(pipeline: "Pipeline", settings: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
     result = _generate_whole(pipeline, job, settings.config, label)
     before = time.perf_counter()
-    path = outputs.write(job, result.frames, outputs.metadata(settings, job), settings.config.overwrite)
+    path = outputs.write(settings, job, result.frames)
     return path, result.seconds | {"file": time.perf_counter() - before}
 
 

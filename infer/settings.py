@@ -1,11 +1,9 @@
 """From a parsed command line to the videos to make, checked as far as possible without jax."""
 
 import dataclasses
-import hashlib
 import pathlib
 import re
 import tempfile
-import warnings
 from typing import Any
 
 from x2v_jax import shipped
@@ -13,18 +11,18 @@ from x2v_jax.checkpoint.lora.arguments import distilling, lora_pairs
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.config import flags
-from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
+from x2v_jax.config.inference import KEYS, LENGTHS
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
 from x2v_jax.request import options as run_options
 from x2v_jax.request.inputs import InputFiles
 from x2v_jax.request.resolve import ResolvedRequest, resolve
 
+from . import rerun
+
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
 _MAX_VIDEOS = 100_000
-# Keys that name files whose content decides the result.
-_INPUTS = ("image", "initial_noise", "text_embeddings", "continue_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +51,15 @@ def read_settings(line: flags.CommandLine) -> Settings:
     Raises:
         UserError: something in it cannot be done.
     """
-    recorded: dict[str, Any] | None = None
+    recorded: rerun.Recorded | None = None
     config: Config = line.config
     if "rerun" in line.options:
         if line.config_file is not None:
             raise UserError(
                 "--rerun takes its settings from the video; leave --config out (--config.KEY=… still counts)"
             )
-        config, recorded = _recorded_config(line.options["rerun"], line.overrides)
+        recorded = rerun.read(line.options["rerun"])
+        config = recorded.config(line.overrides)
     if any(name in line.overrides for name in LENGTHS):
         for name in LENGTHS:
             if name not in line.overrides:
@@ -70,7 +69,7 @@ def read_settings(line: flags.CommandLine) -> Settings:
     if "prompt" in line.overrides and "prompt_file" in line.overrides:
         raise UserError("config.prompt and config.prompt_file are both given; leave one out")
     _check(config)
-    _find_files(line, config, (recorded or {}).get("model_sha256"))
+    _find_files(line, config)
     checkpoint = open_checkpoint(config.checkpoint)
     if config.task is not None and checkpoint.task != config.task:
         raise UserError(
@@ -82,10 +81,10 @@ def read_settings(line: flags.CommandLine) -> Settings:
     for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
         _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
     jobs[0].request.open_inputs()
-    files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
-    inputs = {path: _sha256(pathlib.Path(path)) for path in files}
+    files = [getattr(config, name) for name in rerun.INPUTS if getattr(config, name)] + [path for path, _ in loras]
+    inputs = {path: rerun.sha256(pathlib.Path(path)) for path in files}
     if recorded is not None:
-        _warn_of_changes(recorded, inputs, checkpoint)
+        recorded.warn_of_changes(inputs, checkpoint)
     return Settings(config, checkpoint, loras, jobs, inputs)
 
 
@@ -96,44 +95,7 @@ def options(config: Config) -> dict[str, Any]:
 
 def checkpoint_digest(checkpoint: NativeCheckpoint) -> str:
     """Tells checkpoints apart cheaply: model.json lists the digests of the sources."""
-    return _sha256(checkpoint.path / "model.json")
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    from x2v_jax.media.video import read_metadata
-
-    recorded = read_metadata(path)
-    values = recorded.get("config")
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path} carries no settings of this program; give an mp4 as `{shipped.command('infer')}` wrote it"
-        )
-    config: Config = inference_config()
-    for name, value in values.items():
-        if name not in config:
-            warnings.warn(f"{name}={value!r} of {path} is ignored: this version has no such key", stacklevel=2)
-        elif value is not None:
-            flags.set_key(config, name, value)
-    config.output = path
-    for name, value in overrides.items():
-        flags.set_key(config, name, value)
-    return config, recorded
-
-
-def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoint: NativeCheckpoint) -> None:
-    digests = recorded.get("inputs")
-    for path, digest in digests.items() if isinstance(digests, dict) else ():
-        if path in inputs and inputs[path] != digest:
-            warnings.warn(f"{path} has changed since that video was made; this one will differ", stacklevel=3)
-    if recorded.get("model_sha256") not in (None, checkpoint_digest(checkpoint)):
-        warnings.warn(
-            f"{checkpoint.path} is not the checkpoint that made that video; this one will differ", stacklevel=3
-        )
+    return rerun.sha256(checkpoint.path / MODEL_FILE)
 
 
 def _check(config: Config) -> None:
@@ -157,18 +119,14 @@ def _check(config: Config) -> None:
         raise UserError(problems[0])
 
 
-def _find_files(line: flags.CommandLine, config: Config, model_sha256: Any) -> None:
+def _find_files(line: flags.CommandLine, config: Config) -> None:
     """Turns names of what is shipped into paths: the shipped model and picture are found from anywhere.
 
-    A recorded name may be the user's own or shipped; of two models, that with the recorded digest is meant.
+    What a video recorded is a path already.
     """
     for name in ("checkpoint", "image"):
-        if config[name]:
-            typed = line.is_typed(name) or "rerun" in line.options
-            if name == "checkpoint" and name not in line.overrides and model_sha256 is not None:
-                file = shipped.find(config.checkpoint, typed=False) / MODEL_FILE
-                typed = not (file.is_file() and _sha256(file) == model_sha256)
-            config[name] = shipped.locate(config[name], typed=typed)
+        if config[name] and (name in line.overrides or "rerun" not in line.options):
+            config[name] = shipped.locate(config[name], typed=line.is_typed(name))
 
 
 def _loras(config: Config) -> tuple[tuple[str, float], ...]:

@@ -165,14 +165,17 @@ def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> obje
     return _parse_tuple(text)
 
 
-def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) -> str:
-    """What --help prints."""
+def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key], config_file: str = "") -> str:
+    """What --help prints. config_file: the one that is run without --config, whose values are the defaults."""
+    values = load_config(config_file, typed=False) if config_file else {}
     lines = [usage.rstrip(), "", "options:"]
     for name, option in options.items():
         lines.append(f"  --{name}{'=' + option.value if option.value else '':<{22 - len(name)}} {option.help}")
     for i, key in enumerate(keys):
-        lines += [] if i else ["", "keys (--config.KEY=VALUE):"]
-        default = "" if isinstance(key.default, type) else f" [{key.default}]"
+        of = f", in brackets as {config_file} has them" if config_file else ""
+        lines += [] if i else ["", f"keys (--config.KEY=VALUE){of}:"]
+        value = values.get(key.name, None if isinstance(key.default, type) else key.default)
+        default = "" if value is None else f" [{value}]"
         lines.append(f"  {key.name:<22} {key.help}{default}")
     return "\n".join(lines)
 

@@ -36,6 +36,7 @@ KEYS = (
     Key("num_videos", 1, "videos for each prompt, with seeds seed, seed + 1, …"),
     Key("output", "outputs/", "an .mp4 file, or a folder in which files are named by prompt and seed"),
     Key("overwrite", False, "replace existing files instead of taking the next free name"),
+    Key("embed_settings", True, "write the settings into the mp4; false leaves them to the JSON beside it"),
     Key("dtype", "bfloat16", "of matmuls and weights: bfloat16, or float32 for everything in float32"),
     Key("vae_dtype", "float32", "of the VAE's convolutions and weights: float32, or bfloat16 for half the memory"),
     Key("attention", "auto", "who computes attention: auto, reference, cudnn or hopper"),

@@ -82,18 +82,28 @@ def frame_rate(fps: float) -> fractions.Fraction:
     return fractions.Fraction(fps).limit_denominator(1001)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, object] | None = None) -> None:
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    fps: float,
+    metadata: Mapping[str, object] | None = None,
+    *,
+    beside: Mapping[str, object] | None = None,
+) -> None:
     """Writes `encode_video`'s bytes, and with metadata the same JSON beside it (NAME.mp4 -> NAME.json).
 
     Missing folders are made; existing files are replaced.
+
+    Args:
+        beside: another JSON for the file beside it than what the video itself carries.
 
     Raises:
         UserError: bad frames, or the file cannot be written (nothing is left half-written).
     """
     path = pathlib.Path(path)
     contents = {path: encode_video(frames, fps, metadata)}
-    if metadata is not None:
-        contents |= settings_file(path, metadata)
+    if (settings := metadata if beside is None else beside) is not None:
+        contents |= settings_file(path, settings)
     write_files(contents)
 
 
