@@ -8,18 +8,19 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from x2v_jax.checkpoint.lora.arguments import Loras, distilling, lora_pairs
+from x2v_jax.checkpoint.lora.arguments import distilling
 from x2v_jax.checkpoint.native import reader
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
 from x2v_jax.generate.blocks import Block, collect
+from x2v_jax.generate.call import PipelineFields, StartOptions, describe, output, split, watcher
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
@@ -27,10 +28,15 @@ from x2v_jax.generate.programs import Program, compile_all
 from x2v_jax.generate.result import Frames, Result
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import device, need, predict
+from x2v_jax.request.calls import Call, CallFields, CallOptions
+from x2v_jax.request.diffusers_names import refuse_methods
 from x2v_jax.request.inputs import BlockInputs, InputFiles
-from x2v_jax.request.options import OptionFields, RunOptions, show_fields
+from x2v_jax.request.options import RunOptions, show_fields
 from x2v_jax.request.request import Request, RequestFields
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 class Pipeline:
@@ -41,63 +47,68 @@ class Pipeline:
     (1, 64, 64, 3)
     """
 
-    def __init__(
-        self,
-        checkpoint: reader.NativeCheckpoint,
-        *,
-        loras: Loras | None = None,
-        lora: Loras | None = None,
-        **options: Unpack[OptionFields],
-    ):
+    def __init__(self, checkpoint: reader.NativeCheckpoint, **options: Unpack[PipelineFields]):
         """See `from_checkpoint`."""
-        if loras is not None and lora is not None:
-            raise UserError("loras and lora are both given, and mean the same; leave one out")
-        pairs = lora_pairs(lora, "lora") if loras is None else lora_pairs(loras)
+        start, run = split(options)
+        pairs = start.lora_pairs()
         self.checkpoint = checkpoint
-        self.options = RunOptions.of(options)
+        self.options = RunOptions.of(run)
         self._loras = pairs
         self._files = InputFiles()
         self._components = Components(checkpoint, self.options, pairs)
         self.lora_report = self._components.lora_report
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        loras: Loras | None = None,
-        lora: Loras | None = None,
-        **options: Unpack[OptionFields],
-    ) -> Self:
+    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Unpack[PipelineFields]) -> Self:
         """A pipeline on a checkpoint that `python -m convert` made. Weights are read when they are first needed.
 
         Args:
             path: the checkpoint's folder.
-            loras: merged into the transformer when it is loaded: a file, a (file, strength) pair, a list of either, or
-                a dict of file -> strength.
-            lora: another name for `loras`.
-            options: fields of `request.options.RunOptions`.
+            options: fields of `generate.call.StartOptions`, LoRAs above all, and of `request.options.RunOptions`.
 
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
-        return cls(reader.open_checkpoint(path), loras=loras, lora=lora, **options)
+        return cls(reader.open_checkpoint(path), **options)
 
-    def __call__(self, prompt: str, **fields: Unpack[RequestFields]) -> Frames:
-        """Makes one video.
+    def __repr__(self) -> str:
+        return describe(self.checkpoint, self.options, self._loras)
+
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], *, output_type: Literal["np"] = "np", **fields: Unpack[CallFields]
+    ) -> np.ndarray: ...
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], *, output_type: Literal["pil"], **fields: Unpack[CallFields]
+    ) -> "list[PIL.Image.Image] | list[list[PIL.Image.Image]]": ...
+    def __call__(self, prompt: object, **fields: object) -> object:
+        """Makes a video, or several of a size.
 
         Args:
-            fields: those of `Request`: height, width, num_frames, seed, image and so on.
+            prompt: one, or a list.
+            fields: those of `Request`: height, width, num_frames, seed, image and so on; and those of
+                `request.calls.CallOptions`.
 
         Returns:
-            uint8 [F, H, W, 3].
+            uint8 [F, H, W, 3]; [N, F, H, W, 3] of a list of prompts, or of num_videos_per_prompt above 1. As PIL images
+            a list, or a list of lists.
 
         Raises:
             UserError: a field that is unknown or that this checkpoint cannot serve.
         """
-        return self.generate(Request.of(prompt, fields)).frames
+        call = Call.of(prompt, fields)
+        requests = [self.resolve(request) for request in call.requests]
+        if len(requests) > 1:
+            self.prepare(requests)
+        videos = [self.generate(request, watcher(self, request, call.options)).frames for request in requests]
+        return output(videos, call)
 
-    def generate(self, request: Request | ResolvedRequest, on_step: OnStep | None = None) -> Result:
+    @overload
+    def generate(self, request: Request, on_step: OnStep | None = None) -> Result: ...
+    @overload
+    def generate(self, request: ResolvedRequest, on_step: OnStep | None = None) -> Result: ...
+    def generate(self, request: object, on_step: OnStep | None = None) -> Result:
         """Makes one video.
 
         Args:
@@ -162,7 +173,7 @@ class Pipeline:
             raise UserError(f"{self.checkpoint.path} does not make videos block by block; use a causal checkpoint")
         return self._stream_blocks(request, request.block_inputs(request.plan))
 
-    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+    def resolve(self, request: object) -> ResolvedRequest:
         """What is asked -> what is decided, by this pipeline's checkpoint and settings. What is decided stays."""
         if isinstance(request, ResolvedRequest):
             return request
@@ -325,7 +336,8 @@ class Pipeline:
         return need.explained(lambda: self._components.memory(request).explain(device.device_bytes()))
 
 
-show_fields(Pipeline.__init__, RunOptions)
-show_fields(Pipeline.from_checkpoint.__func__, RunOptions)  # type: ignore[attr-defined]
-show_fields(Pipeline.__call__, Request)
+show_fields(Pipeline.__init__, StartOptions, RunOptions)
+show_fields(Pipeline.from_checkpoint.__func__, StartOptions, RunOptions)  # type: ignore[attr-defined]
+show_fields(Pipeline.__call__, Request, CallOptions)
 show_fields(Pipeline.stream, Request)
+refuse_methods(Pipeline)

@@ -10,8 +10,9 @@ from jaxtyping import Float, UInt8
 
 from x2v_jax.diffusion import image_condition
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
+from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
-from x2v_jax.media.tensor_files import BlockNoise, read_noise, read_text_embeddings
+from x2v_jax.media.tensor_files import BlockNoise, checked_noise, read_noise, read_text_embeddings
 from x2v_jax.request import earlier_video
 from x2v_jax.request.request import File, Model, Request
 
@@ -148,6 +149,8 @@ class Inputs:
         path = self._noise
         if path is None:
             return None
+        if isinstance(path, np.ndarray):
+            return checked_noise(path, shape), None
         return self._files.once(path, ("noise", shape, num_steps), lambda: read_noise(path, shape, num_steps))
 
     def blocks(self, plan: RolloutPlan, latent_frames: int) -> BlockInputs:
@@ -177,6 +180,8 @@ class Inputs:
             plan, (rows, columns), picture, earlier, given, given + new if latent_frames else None, None, header
         )
         path, count = self._noise, inputs.num_blocks
+        if isinstance(path, np.ndarray):
+            raise UserError("initial_noise is an array; a video that is made block by block takes a file of noise")
         if path is None or count is None:
             return inputs
         shape = (plan.block, rows, columns, vae.z_dim)

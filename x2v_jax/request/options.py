@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from x2v_jax.diffusion.schedules import Loop
 from x2v_jax.errors import UserError, did_you_mean, is_number
 from x2v_jax.ops.choice import CHOICES, OpChoice
+from x2v_jax.request.diffusers_names import OPTIONS
 
 DTYPES = ("bfloat16", "float32")
 OFFLOADS = ("none", "blocks")
@@ -75,7 +76,7 @@ class RunOptions:
         known = cls.names()
         for name in values:
             if name not in known:
-                advice = did_you_mean(name, known, f"known are {', '.join(known)}")
+                advice = OPTIONS.get(name) or did_you_mean(name, known, f"known are {', '.join(known)}")
                 raise UserError(f"unknown option {name!r}; {advice}")
         named = {name: _name(value) if name.endswith("dtype") else value for name, value in values.items()}
         return cls(**named)  # type: ignore[arg-type]  # __post_init__ checks what they are

@@ -13,6 +13,7 @@ import numpy as np
 
 from x2v_jax.errors import UserError, did_you_mean
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
+from x2v_jax.request.diffusers_names import FIELDS
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -63,8 +64,9 @@ class Request:
     seed: 0 to 2^32 - 1; None draws one.
     pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
         do not: the model keeps the image by itself, up to a slight change of colour.
-    initial_noise: safetensors file with `noise` [C, F, H, W] and optionally `renoise` [steps - 1, C, F, H, W]. Block by
-        block: `noise` [blocks, frames, C, H, W] and `renoise` [blocks, steps - 1, frames, C, H, W].
+    initial_noise: float array [C, F, H, W], or a safetensors file with `noise` [C, F, H, W] and optionally `renoise`
+        [steps - 1, C, F, H, W]. Block by block a file with `noise` [blocks, frames, C, H, W] and optionally `renoise`
+        [blocks, steps - 1, frames, C, H, W].
     text_embeddings: safetensors file with `text` [L, D] and, for guidance, `negative_text`; replaces the text encoder.
     save_latents: file to write `latents` [C, F, H, W] to, as they are before the VAE; of an endless video the last.
 
@@ -103,7 +105,7 @@ class Request:
     warp_denoising_step: bool | None = None
     seed: int | None = None
     pin_first_frame: bool = False
-    initial_noise: File | None = None
+    initial_noise: File | np.ndarray | None = None
     text_embeddings: File | None = None
     save_latents: File | None = None
     rollout_mode: str | None = None
@@ -140,7 +142,8 @@ class Request:
         for name in fields:
             if name not in cls.field_names():
                 known = cls.field_names()
-                raise UserError(f"unknown field {name!r}; {did_you_mean(name, known, f'known are {", ".join(known)}')}")
+                advice = FIELDS.get(name) or did_you_mean(name, known, f"known are {', '.join(known)}")
+                raise UserError(f"unknown field {name!r}; {advice}")
         return cls(prompt, **fields)  # type: ignore[arg-type]  # the types of values are checked when it is resolved
 
 
@@ -160,7 +163,7 @@ class RequestFields(TypedDict, total=False):
     warp_denoising_step: bool | None
     seed: int | None
     pin_first_frame: bool
-    initial_noise: File | None
+    initial_noise: File | np.ndarray | None
     text_embeddings: File | None
     save_latents: File | None
     rollout_mode: str | None

@@ -132,7 +132,7 @@ class ResolvedRequest:
 
 
 def resolve(
-    request: Request,
+    request: object,
     model: Model,
     *,
     files: InputFiles | None = None,
@@ -143,6 +143,7 @@ def resolve(
     """Decides every field from the checkpoint's schedule and checks it. Files are opened later, when they are needed.
 
     Args:
+        request: a `Request`.
         model: the checkpoint.
         files: what other requests of the run have opened; None: nothing.
         has_loras: LoRAs are merged at load. They may turn the base model into a distilled one, so a
@@ -153,6 +154,11 @@ def resolve(
     Raises:
         UserError: one sentence for each problem found, all together.
     """
+    if not isinstance(request, Request):
+        raise UserError(
+            f"generate takes a Request, and {str(request)[:60]!r} is a {type(request).__name__}; write "
+            "generate(Request(prompt='a cat', seed=1)), or call the pipeline itself: pipe('a cat', seed=1)"
+        )
     schedule = model.schedule
     problems = field_problems(request) + component_problems(request, model)
     if problems:  # wrong types and missing networks would make the later checks raise errors of their own

@@ -44,7 +44,7 @@ def lora_pairs(loras: object, field: str = "loras", *, typed: bool = False) -> t
         return (_one(loras, field, typed),)
     entries = list(loras)  # type: ignore[arg-type]  # of whatever is in it
     if _is_pair(entries, typed):
-        return (lora_pair((entries[0], float(entries[1])), field),)
+        return (lora_pair((entries[0], float(entries[1])), field),)  # type: ignore[arg-type]  # a number or its text
     found: list[tuple[str, float]] = []
     for entry in entries:
         found += lora_pairs(entry, field) if isinstance(entry, Mapping) else [_one(entry, field, typed)]
@@ -55,7 +55,7 @@ def _one(entry: object, field: str, typed: bool) -> tuple[str, float]:
     return parse_lora_argument(entry) if typed and isinstance(entry, str) else lora_pair(entry, field)
 
 
-def _is_pair(entries: Sequence[Any], typed: bool) -> bool:
+def _is_pair(entries: Sequence[object], typed: bool) -> bool:
     """Whether a list is one file and its strength, and not two files."""
     if len(entries) != 2 or not isinstance(entries[0], str | os.PathLike):
         return False
