@@ -84,6 +84,11 @@ def run(arguments: Sequence[str]) -> None:
 
 def _generate(settings: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
+    if settings.skipped:
+        total = len(settings.jobs) + settings.skipped
+        print(f"{settings.skipped} of {total} videos are there and are skipped", file=sys.stderr)
+    if not settings.jobs:
+        return
     pipeline = start.pipeline(settings)
     warm_up.take_programs(pipeline, settings)
     start.announce(pipeline, settings)

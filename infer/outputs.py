@@ -16,7 +16,7 @@ from .settings import Job, Settings, checkpoint_digest
 # Keys that do not belong to the video but to the run or the machine.
 _LEFT_OUT = (
     "prompt_file", "num_videos", "output", "overwrite", "save_latents", "compilation_cache", "compiled_programs",
-    "memory_limit", "offload", "embed_settings",
+    "memory_limit", "offload", "embed_settings", "existing",
 )  # fmt: skip
 
 
@@ -65,10 +65,9 @@ def with_size(values: dict[str, Any], frames: int, height: int, width: int) -> d
     return values | {"size": {"frames": frames, "height": height, "width": width}}
 
 
-def place(job: Job, overwrite: bool) -> pathlib.Path:
-    """Where a job's mp4 goes: under a name that is free, unless existing files may be replaced."""
-    path = job.folder / f"{job.stem}.mp4"
-    return path if overwrite else free_path(path)
+def place(job: Job, existing: str) -> pathlib.Path:
+    """Where a job's video goes: under a name that is free, unless files that are there may be replaced."""
+    return free_path(job.path) if existing == "rename" else job.path
 
 
 def write(settings: Settings, job: Job, frames: np.ndarray) -> pathlib.Path:
@@ -77,7 +76,7 @@ def write(settings: Settings, job: Job, frames: np.ndarray) -> pathlib.Path:
     Raises:
         UserError: the files cannot be written.
     """
-    path = place(job, settings.config.overwrite)
+    path = place(job, settings.config.existing)
     values = with_size(metadata(settings, job), *frames.shape[:3])
     write_video(path, frames, job.request.fps, carried(settings, values), beside=values)
     return path

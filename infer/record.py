@@ -65,7 +65,7 @@ class _Recording:
         self.is_complete = False
         self._metadata = outputs.metadata(settings, job)
         self.stream = VideoStream(
-            outputs.place(job, settings.config.overwrite), self.fps, outputs.carried(settings, self._metadata)
+            outputs.place(job, settings.config.existing), self.fps, outputs.carried(settings, self._metadata)
         )
         self._interrupts = interrupts
         self._size: tuple[int, ...] = ()

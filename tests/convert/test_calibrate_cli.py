@@ -148,7 +148,7 @@ def test_every_mistake_is_one_sentence_before_the_work(tmp_path, prompts, pictur
     p = ("--prompts", prompts)
     for args, message in (
         ((source, out), "required: --prompts"),
-        ((source, out, "--prompts", empty), "there is no prompt in it; write one a line"),
+        ((source, out, "--prompts", empty), "has no prompt in it; write one a line"),
         ((source, out, "--prompts", tmp_path / "no.txt"), "--prompts "),
         ((source, out, "--prompts", tmp_path / "bytes.txt"), "it is not UTF-8 text"),
         ((source, there, *p), "exists; give another name"),

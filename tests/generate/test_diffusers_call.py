@@ -91,3 +91,17 @@ def test_what_is_not_here_is_said(pipe: Pipeline):
 
 def test_a_pipeline_says_what_it_is(pipe: Pipeline):
     assert repr(pipe) == (f"Pipeline({pipe.checkpoint.path}: t2v distill, 4 steps, 5 frames of 32x48, float32)")
+
+
+def test_seeds_have_64_bits_and_old_ones_give_the_old_noise(pipe: Pipeline):
+    import jax
+
+    from x2v_jax.diffusion import noise
+
+    for seed in (0, 3, 2**31, 2**32 - 1):
+        old = jax.random.key(np.uint32(seed))
+        assert (jax.random.key_data(noise.seed_key(seed)) == jax.random.key_data(old)).all()
+    found = [pipe(PROMPT, num_frames=1, seed=seed).tobytes() for seed in (3, 2**32 + 3, 2**33 + 3, 2**64 - 1)]
+    assert len(set(found)) == 4
+    with pytest.raises(UserError, match="seed is 18446744073709551616; give a whole number from 0 to"):
+        pipe(PROMPT, seed=2**64)

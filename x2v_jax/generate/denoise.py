@@ -70,11 +70,15 @@ class Denoiser:
         self._unipc_step = jax.jit(self._unipc_step_fn, donate_argnums=(2,))
         self._unipc_all = jax.jit(self._unipc_all_fn, donate_argnums=(2,))
         self._draw = jax.jit(_draw, static_argnames="shape")
+        self._draw_keyed = jax.jit(noise.initial_noise, static_argnames="shape")
         self._step_noise = jax.jit(noise.step_noise, static_argnames="shape")
 
     def draw(self, seed: int, shape: tuple[int, ...]) -> tuple[Latents, Key[Array, ""]]:
         """A request's initial noise [1, f, h, w, C], and its key."""
-        return self._draw(np.uint32(seed), shape=shape)
+        if seed < 1 << 32:
+            return self._draw(np.uint32(seed), shape=shape)
+        key = noise.seed_key(seed)
+        return self._draw_keyed(key, shape=shape), key
 
     def sample(
         self,

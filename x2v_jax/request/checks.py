@@ -15,8 +15,7 @@ from x2v_jax.request.request import Model, Request
 
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024
-# jax.random.key takes 32 bits: seeds that differ by 2^32 would give the same video.
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1
 KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
 _MOST = 1 << 20
 # Field -> smallest and largest whole number, or number; of every model, and of those that work block by block.

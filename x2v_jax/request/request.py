@@ -48,7 +48,8 @@ class Request:
     """What one video is asked for. None: as the checkpoint says.
 
     prompt: what the video shows.
-    negative_prompt: what it should not show; it counts with guidance only.
+    negative_prompt: what it should not show, or "wan" for the text of Wan2.1's own scripts; it counts with guidance
+        only.
     image: a path, a PIL image or uint8 [H, W, 3]: the first frame. Image-to-video takes its shape, at height x width
         pixels in all (Wan's rule). Block by block it is scaled to fill height x width, and what sticks out is cut off.
     height, width: in pixels.
@@ -61,7 +62,7 @@ class Request:
         distillation LoRA, means 5: the published LoRAs were trained with it.
     denoising_step_list: timesteps above 0 and at most 1000, falling; given, it selects the step-distill sampler.
     warp_denoising_step: whether `shift` is still to be applied to that list.
-    seed: 0 to 2^32 - 1; None draws one.
+    seed: 0 to 2^64 - 1; None draws one.
     pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
         do not: the model keeps the image by itself, up to a slight change of colour.
     initial_noise: float array [C, F, H, W], or a safetensors file with `noise` [C, F, H, W] and optionally `renoise`

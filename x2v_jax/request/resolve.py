@@ -13,10 +13,9 @@ from typing import Literal
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.diffusion.schedules import step_sigmas, unipc_schedule
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule
+from x2v_jax.models.config import NEGATIVE_PROMPTS, Schedule
 from x2v_jax.request import causal
 from x2v_jax.request.checks import (
-    MAX_SEED,
     component_problems,
     field_problems,
     schedule_problems,
@@ -25,6 +24,9 @@ from x2v_jax.request.checks import (
 )
 from x2v_jax.request.inputs import BlockInputs, InputFiles, Inputs
 from x2v_jax.request.request import Model, Request
+
+# Shorter than seeds may be: a number to read out and type.
+_DRAWN_SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,8 @@ def resolve(
             "generate(Request(prompt='a cat', seed=1)), or call the pipeline itself: pipe('a cat', seed=1)"
         )
     schedule = model.schedule
+    if isinstance(request.negative_prompt, str) and request.negative_prompt in NEGATIVE_PROMPTS:
+        request = dataclasses.replace(request, negative_prompt=NEGATIVE_PROMPTS[request.negative_prompt])
     problems = field_problems(request) + component_problems(request, model)
     if problems:  # wrong types and missing networks would make the later checks raise errors of their own
         raise UserError(_join(problems))
@@ -171,7 +175,7 @@ def resolve(
     sampling = _Sampling.of(request, schedule)
     size = _or(request.height, schedule.height), _or(request.width, schedule.width)
     num_frames, fps = _or(request.num_frames, schedule.num_frames), _or(request.fps, schedule.fps)
-    seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else int(request.seed)
+    seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else int(request.seed)
     completed = dataclasses.replace(
         sampling.written_into(request, schedule),
         height=size[0],
