@@ -17,7 +17,7 @@ from .record import stream_video
 from .settings import Job, Settings, read_settings
 
 if TYPE_CHECKING:
-    from x2v_jax.pipeline import Pipeline, Result
+    from x2v_jax.pipeline import Pipeline
 
 DEFAULT_CONFIG = "configs/shapes/t2v.py"
 OPTIONS = {
@@ -67,6 +67,16 @@ def help_text() -> str:
     return flags.help_text(_USAGE, OPTIONS, KEYS, DEFAULT_CONFIG)
 
 
+_finished: list[pathlib.Path] = []  # the videos of this run
+
+
+def kept() -> str:
+    """What to say of the videos of a run that was interrupted."""
+    if not _finished:
+        return "no video was finished"
+    return f"{len(_finished)} finished video{'s are' if len(_finished) > 1 else ' is'} kept"
+
+
 def run(arguments: Sequence[str]) -> None:
     """Makes the videos that the arguments ask for, and prints their paths.
 
@@ -75,6 +85,7 @@ def run(arguments: Sequence[str]) -> None:
         HelpAsked: --help is among them.
     """
     _plain_warnings()
+    _finished.clear()
     options = {name: option for name, option in OPTIONS.items() if name != "config"}
     with Interrupts() as interrupts:
         line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
@@ -107,29 +118,21 @@ def _generate(settings: Settings, interrupts: Interrupts) -> None:
             path, taken = _one_video(pipeline, settings, job, label)
         for name, value in taken.items():
             seconds[name] = seconds.get(name, 0.0) + value
+        _finished.append(path)
         print(path, flush=True)
     _summarize(len(settings.jobs), seconds, time.perf_counter() - begin, predicted)
 
 
 def _one_video(pipeline: "Pipeline", settings: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
-    result = _generate_whole(pipeline, job, settings.config, label)
-    before = time.perf_counter()
-    path = outputs.write(settings, job, result.frames)
+    from x2v_jax.generate.progress import shown
+
+    with shown(settings.config.progress, label) as display:
+        result = pipeline.generate(job.request, progress=display or False)
+        before = time.perf_counter()
+        if display is not None:
+            display.begin("writing the file")
+        path = outputs.write(settings, job, result.frames)
     return path, result.seconds | {"file": time.perf_counter() - before}
-
-
-def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Result":
-    if not config.progress:
-        return pipeline.generate(job.request)
-    from tqdm import tqdm
-
-    # disable=None: no bar where the output is not a terminal. The steps run one by one all the same.
-    with tqdm(total=job.request.num_inference_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
-
-        def on_step(step: int, count: int, latents: Any) -> None:
-            bar.update()
-
-        return pipeline.generate(job.request, on_step)
 
 
 def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: int) -> None:

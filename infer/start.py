@@ -18,19 +18,12 @@ def pipeline(settings: Settings) -> "Pipeline":
     Raises:
         UserError: the device cannot run what they name.
     """
-    _set_up_jax(settings.config.compilation_cache)
-    from x2v_jax.pipeline import Pipeline
-
-    return Pipeline(settings.checkpoint, loras=settings.loras, **options(settings.config))
-
-
-def _set_up_jax(cache: str) -> None:
     # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from x2v_jax.generate.programs import use_cache
+    from x2v_jax.pipeline import Pipeline
 
-        use_cache(cache)
+    cache = settings.config.compilation_cache
+    return Pipeline(settings.checkpoint, loras=settings.loras, compilation_cache=cache, **options(settings.config))
 
 
 def announce(pipeline: "Pipeline", settings: Settings) -> None:

@@ -93,7 +93,7 @@ def _config(pipeline: "Pipeline", settings: Settings) -> dict[str, Any]:
 
 
 def _is_watched(settings: Settings) -> bool:
-    return bool(settings.config.progress)
+    return settings.config.progress or settings.config.denoising_loop == "steps"
 
 
 def _show(name: str) -> None:

@@ -20,11 +20,12 @@ from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
 from x2v_jax.generate.blocks import Block, collect
-from x2v_jax.generate.call import PipelineFields, StartOptions, describe, output, split, watcher
+from x2v_jax.generate.call import PipelineFields, StartOptions, describe, output, split, watcher, with_display
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
-from x2v_jax.generate.programs import Program, compile_all
+from x2v_jax.generate.programs import Program, compile_all, start_cache
+from x2v_jax.generate.progress import Progress, expect, shown
 from x2v_jax.generate.result import Frames, Result
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import device, need, predict
@@ -51,6 +52,8 @@ class Pipeline:
         """See `from_checkpoint`."""
         start, run = split(options)
         pairs = start.lora_pairs()
+        start_cache(start.cache())
+        self._shows = bool(start.progress)
         self.checkpoint = checkpoint
         self.options = RunOptions.of(run)
         self._loras = pairs
@@ -101,31 +104,50 @@ class Pipeline:
         requests = [self.resolve(request) for request in call.requests]
         if len(requests) > 1:
             self.prepare(requests)
-        videos = [self.generate(request, watcher(self, request, call.options)).frames for request in requests]
+        shows = self._shows if call.options.progress is None else bool(call.options.progress)
+        videos = []
+        for number, request in enumerate(requests, 1):
+            with shown(shows, f"{number}/{len(requests)} " if len(requests) > 1 else "") as display:
+                on_step = watcher(self, request, call.options)
+                videos.append(self.generate(request, on_step, progress=display or False).frames)
         return output(videos, call)
 
     @overload
-    def generate(self, request: Request, on_step: OnStep | None = None) -> Result: ...
+    def generate(
+        self, request: Request, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
+    ) -> Result: ...
     @overload
-    def generate(self, request: ResolvedRequest, on_step: OnStep | None = None) -> Result: ...
-    def generate(self, request: object, on_step: OnStep | None = None) -> Result:
+    def generate(
+        self, request: ResolvedRequest, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
+    ) -> Result: ...
+    def generate(
+        self, request: object, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
+    ) -> Result:
         """Makes one video.
 
         Args:
             on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
-                memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
-                exception from it ends the run. Where a video is made block by block, it is called after each block with
-                (block from 0, number of blocks, its latents [1, f, h, w, C]).
+                memory the next step takes: copy what is to be kept). An exception from it ends the run. Where a video
+                is made block by block, it is called after each block with (block from 0, number of blocks, its latents
+                [1, f, h, w, C]).
+            progress: a display to use, or whether there is one; None: as the pipeline was made.
 
         Raises:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
         """
         request = self.resolve(request)
-        if isinstance(request.plan, RolloutPlan):
-            return self._generate_blocks(request, request.plan, on_step)
-        memory = self.check_memory(request)
-        clock = Clock()
-        with self._explained(request), self._components.precision():
+        with (
+            shown(self._shows if progress is None else progress) as display,
+            self._explained(request),
+            self._components.precision(),
+        ):
+            clock, on_step = Clock(display and display.begin), with_display(on_step, display)
+            expect(
+                display, request, self._components.network("transformer").config, self._components.network("vae").config
+            )
+            if isinstance(request.plan, RolloutPlan):
+                return self._generate_blocks(request, request.plan, on_step)
+            memory = self.check_memory(request)
             shape, denoiser = request.latent_shape, self._components.denoiser
             # First, so that a file of noise that does not fit costs no loading.
             noise = whole.noise(denoiser, request.seed, shape, request.plan, request.inputs)
@@ -134,7 +156,7 @@ class Pipeline:
             values = np.asarray(latents)[0]
             if request.save_latents:
                 tensor_files.write_latents(request.save_latents, values)
-            frames = self._decoded(latents, clock)
+            frames = self._components.decoded(latents, clock)
         return Result(frames, values, request, dict(clock.seconds), memory, device.peak_bytes())
 
     def stream(self, prompt: str, **fields: Unpack[RequestFields]) -> Generator[Frames]:
@@ -254,20 +276,8 @@ class Pipeline:
         else:
             yield from self._components.streamer.programs(request, request.block_inputs(request.plan))
 
-    def _texts(self, request: ResolvedRequest, clock: Clock) -> list[Float[np.ndarray, "l d"]]:
-        """Embeddings of a request's prompts, encoded or from its file."""
-        given = request.inputs.text()
-        if not given:
-            return self._components.prompts(request.prompts, clock)
-        if not request.uses_guidance:
-            return [given["text"]]
-        negative = given.get("negative_text")
-        if negative is None:
-            negative = self._components.prompts(request.prompts[:1], clock)[0]
-        return [negative, given["text"]]
-
     def _conditions(self, request: ResolvedRequest, clock: Clock) -> Conditions:
-        text = jax.device_put(np.stack(self._texts(request, clock)))
+        text = jax.device_put(np.stack(self._components.texts(request, clock)))
         conditions = Conditions(text, np.float32(request.guidance_scale))
         if self.checkpoint.task == "i2v":
             _, height, width = self.output_size(request)
@@ -297,12 +307,6 @@ class Pipeline:
                 latents = whole.pin_first_frame(latents, conditions.image_latents)
         return latents
 
-    def _decoded(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> Frames:
-        with clock("load"):
-            self._components.network("vae").load()
-        with clock("vae"):
-            return self._components.vae.decode(latents)
-
     def _generate_blocks(self, request: ResolvedRequest, plan: RolloutPlan, on_step: OnStep | None) -> Result:
         if request.endless:
             raise UserError(
@@ -315,7 +319,7 @@ class Pipeline:
     def _stream_blocks(self, request: ResolvedRequest, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
             clock = Clock()
-            texts = self._texts(request, clock)
+            texts = self._components.texts(request, clock)
             self._components.release_encoders()
             yield from self._components.streamer.stream(request, inputs, texts, clock)
 

@@ -149,7 +149,7 @@ def test_every_mistake_is_one_sentence_before_the_work(tmp_path, prompts, pictur
     for args, message in (
         ((source, out), "required: --prompts"),
         ((source, out, "--prompts", empty), "has no prompt in it; write one a line"),
-        ((source, out, "--prompts", tmp_path / "no.txt"), "--prompts "),
+        ((source, out, "--prompts", tmp_path / "no.txt"), "--prompts"),
         ((source, out, "--prompts", tmp_path / "bytes.txt"), "it is not UTF-8 text"),
         ((source, there, *p), "exists; give another name"),
         ((source, tmp_path / "c.txt", *p), "give a file that ends in .safetensors"),

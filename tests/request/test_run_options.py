@@ -25,7 +25,7 @@ CPU, HOPPER, ADA, AMPERE = (
         ({"dtype": "int8"}, "dtype is 'int8'; give bfloat16 or float32"),
         ({"dtype": "float16", "vae_dtype": "half"}, "vae_dtype is 'half'"),
         ({"vae_decode": "fast"}, "vae_decode is 'fast'; give one of auto, whole, stream, tiled"),
-        ({"denoising_loop": "while"}, "denoising_loop is 'while'; give unrolled or scan"),
+        ({"denoising_loop": "while"}, "denoising_loop is 'while'; give one of steps, unrolled, scan"),
         ({"offload": "all"}, "offload is 'all'; give none or blocks"),
         ({"attention": "flash"}, "attention is 'flash'; give one of auto, reference, cudnn, hopper"),
         ({"attention_precision": "fp8"}, "attention_precision is 'fp8'"),

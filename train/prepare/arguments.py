@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _add_prompts(commands: Any) -> None:
     prompts = commands.add_parser("prompts", help="encode prompts with a checkpoint's text encoder")
-    _add_places(prompts, "file of prompts, one a line or JSONL (- for stdin), folder of .txt files, or cache of videos or images")
+    _add_places(prompts, "file of prompts, a line each or JSONL (- for stdin), folder of .txt files, or a cache")
     prompts.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the checkpoint's)")
     prompts.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is stored")
     _add_compute(prompts)

@@ -56,8 +56,8 @@ KEYS = (
     Key("sequential_guidance", False, "two passes a step instead of one of twice the batch: slower, less memory"),
     Key(
         "denoising_loop",
-        "unrolled",
-        "with progress=false, how the steps of a distilled model are one program: unrolled (up to 16), or scan",
+        "steps",
+        "steps: one program a step; unrolled (up to 16) or scan: with progress=false, one program for all steps",
     ),
     Key("vae_decode", "auto", "auto, whole, stream (in time) or tiled (in time and space): from fast to small"),
     Key("offload", "none", "none, or blocks: the transformer's blocks wait in the host's memory, for small GPUs"),
@@ -65,8 +65,7 @@ KEYS = (
     Key(
         "progress",
         True,
-        "a bar with each step or a line with each block; false compiles all steps of a distilled model "
-        "into one program",
+        "how far the run is and how long it still takes: a bar, or without a terminal a line every 10 s",
     ),
     Key("allow_mismatch", False, "run settings that contradict the checkpoint's schedule"),
     Key(

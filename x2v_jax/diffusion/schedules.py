@@ -14,8 +14,9 @@ from x2v_jax.errors import UserError, is_number
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-# How the steps of a denoising_step_list become one compiled program. Lists of more than MOST_UNROLLED are a scan.
-Loop = Literal["unrolled", "scan"]
+# How the steps become compiled programs: "steps" is one program, called for each; the others put all steps of a
+# denoising_step_list into one, where lists of more than MOST_UNROLLED are a scan.
+Loop = Literal["steps", "unrolled", "scan"]
 MOST_UNROLLED = 16
 
 

@@ -1,6 +1,7 @@
 """A call of a pipeline: what it is made with, what watches it, and in which form its videos come."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -12,6 +13,7 @@ from x2v_jax.checkpoint.lora.arguments import Loras, lora_pairs
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.denoise import OnStep
+from x2v_jax.generate.progress import Progress
 from x2v_jax.request.calls import Call, CallOptions, StepEndCallback
 from x2v_jax.request.options import OptionFields, RunOptions
 from x2v_jax.request.resolve import ResolvedRequest
@@ -24,11 +26,16 @@ class StartOptions:
     loras: merged into the transformer when it is loaded: a file, a (file, strength) pair, a list of either, or a dict
         of file -> strength.
     lora: another name for `loras`.
+    progress: whether each video shows on stderr how far it is and how long it still takes.
+    compilation_cache: folder in which compiled programs are kept for the next process. None: ~/.cache/x2v_jax, unless
+        jax has a folder already, by its own setting or its environment variable; "": nothing is set.
     """
 
     # Of the types of `PipelineFields`; what else is given is told in a sentence.
     loras: object = None
     lora: object = None
+    progress: object = False
+    compilation_cache: object = None
 
     def lora_pairs(self) -> tuple[tuple[str, float], ...]:
         """
@@ -39,12 +46,24 @@ class StartOptions:
             raise UserError("loras and lora are both given, and mean the same; leave one out")
         return lora_pairs(self.lora, "lora") if self.loras is None else lora_pairs(self.loras)
 
+    def cache(self) -> str | None:
+        """
+        Raises:
+            UserError: the compilation cache is no folder's name.
+        """
+        folder = self.compilation_cache
+        if folder is not None and not isinstance(folder, str | pathlib.Path):
+            raise UserError(f"compilation_cache is {folder!r}; give a folder, or '' for none")
+        return None if folder is None else str(folder)
+
 
 class PipelineFields(OptionFields, total=False):
     """`StartOptions` and `RunOptions` as keywords."""
 
     loras: Loras | None
     lora: Loras | None
+    progress: bool
+    compilation_cache: str | None
 
 
 def split(values: Mapping[str, object]) -> tuple[StartOptions, dict[str, object]]:
@@ -69,6 +88,20 @@ def describe(checkpoint: NativeCheckpoint, options: RunOptions, loras: Sequence[
         if field.name != "dtype" and (value := getattr(options, field.name)) != field.default:
             said.append(f"{field.name}={value!r}")
     return f"Pipeline({', '.join(said)})"
+
+
+def with_display(on_step: OnStep | None, display: Progress | None) -> OnStep | None:
+    """on_step, and the display's own."""
+    if display is None:
+        return on_step
+    shown = display
+
+    def both(step: int, count: int, latents: Array) -> None:
+        shown.step(step + 1)
+        if on_step is not None:
+            on_step(step, count, latents)
+
+    return both
 
 
 def watcher(pipeline: object, request: ResolvedRequest, options: CallOptions) -> OnStep | None:

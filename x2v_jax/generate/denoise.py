@@ -1,8 +1,9 @@
 """Noise to latents with a WanModel: guidance, both samplers, and the drivers of one step function each.
 
-Without a callback the whole sampling is one compiled program. The few steps of a distilled model are unrolled in it, as
-so many calls of one function, or on request a scan over them; UniPC's many steps are a scan. With a callback the same
-step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
+A step is one compiled program, called in a loop, so that somebody can watch, preview and cancel between steps, and
+nothing changes in the last digit where somebody does. On request (`Loop`) and without a callback the whole sampling is
+one program: the few steps of a distilled model unrolled, as so many calls of one function, or as a scan over them;
+UniPC's many steps as a scan. The compiler then fuses across steps, and bfloat16 rounds elsewhere.
 
 Whether the latents are finite is worked out on the device beside each step, and read when the host waits anyway: after
 the whole program, or where the loop hands a step's latents out.
@@ -113,14 +114,15 @@ class Denoiser:
         Raises:
             NotFinite: the latents are not, after some step.
         """
-        if on_step is None:
+        if on_step is None and self._loop != "steps":
             return _checked(*self._distill_all(params, conditions, initial, renoise, sigmas))
         latents = jnp.asarray(initial)
         one = functools.partial(self._distill_step, params, conditions)
         steps = step_distill.steps(one, latents, sigmas, lambda i: self._noise_after(renoise, i, initial.shape))
+        told = []
         for i, (latents, finite) in enumerate(steps):
-            _hand_out(i, len(sigmas), latents, finite, on_step)
-        return latents
+            told.append(_hand_out(i, len(sigmas), latents, finite, on_step))
+        return _checked(latents, told)
 
     def sample_unipc(
         self,
@@ -131,13 +133,13 @@ class Denoiser:
         on_step: OnStep | None = None,
     ) -> Latents:
         """UniPC with the coefficients of `table`. `initial` is donated; the rest as in `sample_step_distill`."""
-        if on_step is None:
+        if on_step is None and self._loop != "steps":
             return _checked(*self._unipc_all(params, conditions, initial, table))
-        state, count = self._unipc_start(initial), len(table.sigma)
+        state, count, told = self._unipc_start(initial), len(table.sigma), []
         for i in range(count):
             state, finite = self._unipc_step(params, conditions, state, unipc.coefficients_at(table, i))
-            _hand_out(i, count, state.latents, finite, on_step)
-        return state.latents
+            told.append(_hand_out(i, count, state.latents, finite, on_step))
+        return _checked(state.latents, told)
 
     def programs(
         self,
@@ -156,6 +158,7 @@ class Denoiser:
             schedule: sigmas or a table, as the samplers take them.
             watched: whether there will be an on_step.
         """
+        watched = watched or self._loop == "steps"
         initial = jax.ShapeDtypeStruct(shape, jnp.float32)
         seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.float32)
         key = jax.eval_shape(lambda seed: _draw(seed, shape)[1], seed)
@@ -251,15 +254,19 @@ def _is_finite(latents: Array) -> Array:
     return jnp.isfinite(latents).all()
 
 
-def _hand_out(step: int, count: int, latents: Array, finite: Array, on_step: OnStep) -> None:
+def _hand_out(step: int, count: int, latents: Array, finite: Array, on_step: OnStep | None) -> Array:
+    """Waits for a step and shows it, where somebody watches. Returns `finite`, to be looked at in the end."""
+    if on_step is None:
+        return finite
     latents = jax.block_until_ready(latents)
     if not finite:  # it is there with the latents: reading it waits for nothing
         raise NotFinite(step, count)
     on_step(step, count, latents)
+    return finite
 
 
-def _checked(latents: Array, finite: Array) -> Array:
-    if isinstance(finite, Tracer):  # part of a larger program: nothing can be read yet
+def _checked(latents: Array, finite: Array | list[Array]) -> Array:
+    if isinstance(latents, Tracer):  # part of a larger program: nothing can be read yet
         return latents
     good = np.asarray(finite)  # waits for the whole sampling, as its clock does anyway
     if not good.all():

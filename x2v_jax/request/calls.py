@@ -36,6 +36,7 @@ class CallOptions:
     output_type: "np" for uint8 arrays, "pil" for lists of PIL images.
     callback_on_step_end: diffusers' form of on_step: called with (pipeline, step from 0, timestep, {"latents": …}),
         the latents as [1, C, F, H, W]. An exception from it ends the run.
+    progress: whether each video shows on stderr how far it is; None: as the pipeline was made.
     latents: noise to start from in place of the seed's, [1, C, F, H, W], or [N, C, F, H, W] for N videos.
     """
 
@@ -46,6 +47,7 @@ class CallOptions:
     output_type: object = "np"
     callback_on_step_end: object = None
     latents: object = None
+    progress: object = None
 
 
 class CallFields(RequestFields, total=False):
@@ -56,6 +58,7 @@ class CallFields(RequestFields, total=False):
     num_videos_per_prompt: int
     callback_on_step_end: StepEndCallback | None
     latents: np.ndarray | None
+    progress: bool | None
 
 
 type OutputType = Literal["np", "pil"]

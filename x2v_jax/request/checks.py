@@ -174,7 +174,7 @@ def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> 
     return problems
 
 
-def task_problems(request: Request, model: Model) -> list[str]:
+def task_problems(request: Request, model: Model, allow_mismatch: bool = False) -> list[str]:
     problems: list[str] = []
     causal = model.schedule.causal is not None
     if model.variant in ("causvid", "self_forcing") and not causal:
@@ -193,7 +193,9 @@ def task_problems(request: Request, model: Model) -> list[str]:
     if model.task == "t2v" and request.pin_first_frame and not causal:
         problems.append("pin_first_frame is set, but this is a text-to-video checkpoint without an image; leave it out")
     steps, count = request.denoising_step_list, request.num_inference_steps
-    if steps is not None and count is not None and count != len(steps):
+    # Where the list is the checkpoint's own, `schedule_problems` has said it.
+    is_own = steps is not None and tuple(steps) == model.schedule.denoising_step_list
+    if steps is not None and count is not None and count != len(steps) and (not is_own or allow_mismatch):
         problems.append(
             f"num_inference_steps is {count}, but denoising_step_list has {len(steps)} entries; leave the number out"
         )

@@ -35,8 +35,9 @@ class RunOptions:
     vae_decode: "auto", "whole", "stream" or "tiled"; see `generate.vae.VaeRunner`.
     keep_encoders: leave text and image encoders on the device while denoising.
     sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
-    denoising_loop: without an on_step, the steps of a distilled model are one program, in which they are "unrolled"
-        (lists of up to 16) or a "scan". The videos are the same up to rounding.
+    denoising_loop: "steps": a step is one program, called for each, and the video is the same to the last digit
+        whether anybody watches or not. Without an on_step, "unrolled" (lists of up to 16) or "scan" make all steps of
+        a distilled model one program, whose videos are the same up to rounding.
     offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device
         while the one before it is at work.
     memory_limit: GB (10^9 bytes) of the device's memory that a video may take by prediction; None: no limit. A request
@@ -53,7 +54,7 @@ class RunOptions:
     vae_decode: str = "auto"
     keep_encoders: bool = False
     sequential_guidance: bool = False
-    denoising_loop: str = "unrolled"
+    denoising_loop: str = "steps"
     offload: str = "none"
     memory_limit: float | None = None
     attention: str = "auto"

@@ -6,6 +6,7 @@ or burnt video without any error.
 
 import dataclasses
 import os
+import re
 import secrets
 import warnings
 from typing import Literal
@@ -25,6 +26,8 @@ from x2v_jax.request.checks import (
 from x2v_jax.request.inputs import BlockInputs, InputFiles, Inputs
 from x2v_jax.request.request import Model, Request
 
+_LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
+_LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Shorter than seeds may be: a number to read out and type.
 _DRAWN_SEEDS = 2**32
 
@@ -169,7 +172,7 @@ def resolve(
         raise UserError(_join(problems))
     if not allow_mismatch:
         problems += schedule_problems(request, schedule, has_loras)
-    problems += task_problems(request, model)
+    problems += task_problems(request, model, allow_mismatch)
     if schedule.causal is not None:
         problems += causal.conflict_problems(request, model, schedule.causal, allow_mismatch)
     sampling = _Sampling.of(request, schedule)
@@ -293,23 +296,31 @@ def _or[T](value: T | None, default: T) -> T:
 
 def _warn(request: Request, completed: Request) -> None:
     if not request.prompt.strip() and request.text_embeddings is None:
-        warnings.warn("prompt is empty: the video will show whatever the model likes", stacklevel=3)
+        _say("prompt is empty: the video will show whatever the model likes")
+    if found := _LORA_TAG.search(request.prompt):
+        _say(
+            f"prompt holds {found.group()[:60]!r}, which is read as words; LoRAs are given with --config.lora=FILE:0.8, "
+            "or in Python with loras="
+        )
     if request.negative_prompt and not completed.uses_guidance:
-        warnings.warn("negative_prompt has no effect without guidance (guidance_scale is 1)", stacklevel=3)
+        _say("negative_prompt has no effect without guidance (guidance_scale is 1)")
+
+
+def _say(text: str) -> None:
+    """A warning that points at the line of the user's which asked."""
+    warnings.warn(text, skip_file_prefixes=(_LIBRARY,))
 
 
 def _warn_of_distillation(lora: str, completed: Request, schedule: Schedule) -> None:
     if lora and schedule.is_distilled:
-        warnings.warn(
+        _say(
             f"the name of {lora} says that it distills, and the checkpoint is distilled already: twice is too much. "
-            "Leave the LoRA out, or put it on the original model",
-            stacklevel=3,
+            "Leave the LoRA out, or put it on the original model"
         )
     elif lora and completed.denoising_step_list is None:
-        warnings.warn(
+        _say(
             f"the name of {lora} says that it distills, and this video is made in {completed.num_inference_steps} "
-            "steps of the original model; give its denoising_step_list, such as 1000,750,500,250",
-            stacklevel=3,
+            "steps of the original model; give its denoising_step_list, such as 1000,750,500,250"
         )
 
 
