@@ -51,6 +51,12 @@ def announce(pipeline: "Pipeline", settings: Settings) -> None:
         f"{settings.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory{on_host}",
         file=sys.stderr,
     )
+    if checkpoint.task == "i2v" and (height, width) != (request.height, request.width):
+        print(
+            f"note: {request.height}x{request.width} is the area, and of this picture's shape that is {height}x{width} "
+            "by Wan's published rule, which rounds down; size_rule=exact makes what is asked",
+            file=sys.stderr,
+        )
     if pipeline.lora_report is not None:
         print(pipeline.lora_report, file=sys.stderr)
     pipeline.check_memory(request)

@@ -383,3 +383,14 @@ def test_times_and_peak_are_reported(distilled: Pipeline):
 def no_stray_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
     yield
     assert not [w for w in recwarn if "donated" in str(w.message)]
+
+
+def test_the_published_rule_rounds_the_size_and_the_exact_one_takes_it(i2v: Pipeline):
+    picture = np.zeros((480, 832, 3), np.uint8)
+    asked = Request(PROMPT, image=picture, height=480, width=832, num_frames=1)
+    assert i2v.output_size(asked) == (1, 464, 832)
+    exact = Request(PROMPT, image=PICTURE, height=32, width=48, num_frames=1, size_rule="exact", seed=1)
+    assert i2v.output_size(exact) == (1, 32, 48) and i2v.generate(exact).frames.shape == (1, 32, 48, 3)
+    for fields, sentence in (({"height": 40}, "height is 40"), ({"size_rule": "near"}, "give published or exact")):
+        with pytest.raises(UserError, match=sentence):
+            i2v(PROMPT, image=PICTURE, **{"width": 48, "size_rule": "exact", **fields})

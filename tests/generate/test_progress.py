@@ -80,9 +80,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_decoding_counts_as_steps(path: pathlib.Path):
     resolved = Pipeline.from_checkpoint(path).resolve(Request("a"))
-    small, large = (
-        vae_to_step(resolved, tiny_models.T2V, dataclasses.replace(tiny_models.VAE, dim=dim)) for dim in (4, 8)
-    )
+    vaes = (dataclasses.replace(tiny_models.VAE, dim=dim) for dim in (4, 8))
+    small, large = (vae_to_step(resolved, tiny_models.T2V, vae) for vae in vaes)
     assert large == pytest.approx(4 * small) and small > 0
 
 

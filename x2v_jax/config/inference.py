@@ -29,6 +29,7 @@ KEYS = (
     Key("pin_first_frame", False, "make the first frame exactly the encoded image (the published pipelines do not)"),
     Key("height", int, "pixels; image-to-video keeps the image's shape at the area height x width"),
     Key("width", int, "pixels"),
+    Key("size_rule", "published", "image-to-video: published (that area, rounded as Wan's code does), or exact"),
     Key("num_frames", int, "4n+1"),
     Key("fps", int, "frames a second of the file"),
     Key("num_inference_steps", int, "UniPC steps"),

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from x2v_jax.models.config import VaeConfig, WanConfig
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan
@@ -20,6 +20,7 @@ _NAMES = {"load": "loading", "text": "encoding the prompt", "image": "encoding t
 _CONVOLUTION = 1.5
 
 
+@runtime_checkable
 class Output(Protocol):
     """What is written to: a text file."""
 

@@ -16,6 +16,7 @@ from x2v_jax.request.request import Model, Request
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024
 MAX_SEED = 2**64 - 1
+SIZE_RULES = ("published", "exact")
 KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
 _MOST = 1 << 20
 # Field -> smallest and largest whole number, or number; of every model, and of those that work block by block.
@@ -40,6 +41,8 @@ def field_problems(request: Request) -> list[str]:
     """Types and ranges that hold for every model."""
     values: dict[str, object] = {name: getattr(request, name) for name in request.field_names()}
     problems: list[str] = []
+    if request.size_rule not in SIZE_RULES:
+        problems.append(f"size_rule is {request.size_rule!r}; give {' or '.join(SIZE_RULES)}")
     for name, (least, most) in _WHOLE.items():
         problems += _whole_problems(name, values[name], least, most)
     for name, (low, high) in _REAL.items():
@@ -207,7 +210,7 @@ def task_problems(request: Request, model: Model, allow_mismatch: bool = False) 
     return problems
 
 
-def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[str]:
+def size_problems(size: tuple[int, int], num_frames: int, model: Model, size_rule: str = "published") -> list[str]:
     """Height, width and frame count that the strides of the VAE and the patches allow.
 
     Args:
@@ -219,7 +222,7 @@ def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[
     for name, value, pixels in zip(("height", "width"), size, patch[1:], strict=True):
         step = vae.spatial_stride * pixels
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.
-        fits = model.task == "i2v" or value % step == 0
+        fits = (model.task == "i2v" and size_rule == "published") or value % step == 0
         problems += _multiple_problem(name, value, step, 0, fits and value >= step, f"multiples of {step}")
     if model.schedule.causal is not None:  # whole blocks: `request.causal` says which
         return problems

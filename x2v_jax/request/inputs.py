@@ -94,7 +94,7 @@ class Inputs:
 
     def __init__(self, request: Request, size: tuple[int, int], model: Model, files: InputFiles, allow_mismatch: bool):
         self._image, self._text, self._noise = request.image, request.text_embeddings, request.initial_noise
-        self._earlier = request.continue_from
+        self._earlier, self._is_exact = request.continue_from, request.size_rule == "exact"
         self._size, self._model, self._files, self._allow_mismatch = size, model, files, allow_mismatch
 
     @property
@@ -110,11 +110,14 @@ class Inputs:
         return "video" if is_video else ""
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
-        """The image as it is.
+        """The image as it is, or where the size is to be exact, cut to that.
 
         Raises:
             UserError: it cannot be read.
         """
+        return self._fitted() if self._is_exact and self._model.task == "i2v" else self._opened()
+
+    def _opened(self) -> UInt8[np.ndarray, "H W 3"]:
         if isinstance(self._image, str | os.PathLike):
             path = self._image
             return self._files.once(path, "picture", lambda: load_image(path))
@@ -128,7 +131,7 @@ class Inputs:
         """
         height, width = self._size
         stride = self._model.config("vae").spatial_stride
-        if self._model.task != "i2v":
+        if self._model.task != "i2v" or self._is_exact:
             return height // stride, width // stride
         rows, columns, _ = self.picture().shape
         patch_size = self._model.config("transformer").patch_size
@@ -192,8 +195,8 @@ class Inputs:
     def _fitted(self) -> UInt8[np.ndarray, "H W 3"]:
         height, width = self._size
         if isinstance(self._image, str | os.PathLike):
-            return self._files.once(self._image, ("fitted", height, width), lambda: fit(self.picture(), height, width))
-        return fit(self.picture(), height, width)
+            return self._files.once(self._image, ("fitted", height, width), lambda: fit(self._opened(), height, width))
+        return fit(self._opened(), height, width)
 
     def _opened_earlier(self, path: File, plan: RolloutPlan, header: dict[str, str]) -> earlier_video.EarlierVideo:
         form = ("earlier", plan, tuple(header.items()), self._allow_mismatch)

@@ -63,6 +63,9 @@ class Request:
     denoising_step_list: timesteps above 0 and at most 1000, falling; given, it selects the step-distill sampler.
     warp_denoising_step: whether `shift` is still to be applied to that list.
     seed: 0 to 2^64 - 1; None draws one.
+    size_rule: of image-to-video: "published" takes the picture's shape at the area height x width, rounded down as
+        Wan's code does (480x832 with a picture of 832x480 becomes 464x832); "exact" takes height and width, and cuts
+        off what of the picture sticks out.
     pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
         do not: the model keeps the image by itself, up to a slight change of colour.
     initial_noise: float array [C, F, H, W], or a safetensors file with `noise` [C, F, H, W] and optionally `renoise`
@@ -105,6 +108,7 @@ class Request:
     denoising_step_list: Sequence[float] | None = None
     warp_denoising_step: bool | None = None
     seed: int | None = None
+    size_rule: str = "published"
     pin_first_frame: bool = False
     initial_noise: File | np.ndarray | None = None
     text_embeddings: File | None = None
@@ -163,6 +167,7 @@ class RequestFields(TypedDict, total=False):
     denoising_step_list: Sequence[float] | None
     warp_denoising_step: bool | None
     seed: int | None
+    size_rule: str
     pin_first_frame: bool
     initial_noise: File | np.ndarray | None
     text_embeddings: File | None

@@ -187,7 +187,7 @@ def resolve(
         fps=fps,
         seed=seed,
     )
-    problems += size_problems(size, num_frames, model)
+    problems += size_problems(size, num_frames, model, request.size_rule)
     sigmas: tuple[float, ...] = ()
     try:
         sigmas = sampling.sigmas()
@@ -299,8 +299,8 @@ def _warn(request: Request, completed: Request) -> None:
         _say("prompt is empty: the video will show whatever the model likes")
     if found := _LORA_TAG.search(request.prompt):
         _say(
-            f"prompt holds {found.group()[:60]!r}, which is read as words; LoRAs are given with --config.lora=FILE:0.8, "
-            "or in Python with loras="
+            f"prompt holds {found.group()[:60]!r}, which is read as words; give LoRAs with --config.lora=FILE:0.8, or "
+            "in Python with loras="
         )
     if request.negative_prompt and not completed.uses_guidance:
         _say("negative_prompt has no effect without guidance (guidance_scale is 1)")
