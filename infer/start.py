@@ -18,12 +18,16 @@ def pipeline(settings: Settings) -> "Pipeline":
     Raises:
         UserError: the device cannot run what they name.
     """
-    # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    _set_up_jax()
     from x2v_jax.pipeline import Pipeline
 
     cache = settings.config.compilation_cache
     return Pipeline(settings.checkpoint, loras=settings.loras, compilation_cache=cache, **options(settings.config))
+
+
+def _set_up_jax() -> None:
+    # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 
 def announce(pipeline: "Pipeline", settings: Settings) -> None:

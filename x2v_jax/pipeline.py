@@ -19,7 +19,7 @@ from x2v_jax.checkpoint.native import reader
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
-from x2v_jax.generate.blocks import Block, collect
+from x2v_jax.generate.blocks import Block, collect, in_context
 from x2v_jax.generate.call import PipelineFields, StartOptions, describe, output, split, watcher, with_display
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.components import Components
@@ -27,6 +27,7 @@ from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
 from x2v_jax.generate.programs import Program, compile_all, start_cache
 from x2v_jax.generate.progress import Progress, expect, shown
 from x2v_jax.generate.result import Frames, Result
+from x2v_jax.generate.text import texts
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import device, need, predict
 from x2v_jax.request.calls import Call, CallFields, CallOptions
@@ -38,6 +39,10 @@ from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
 
 if TYPE_CHECKING:
     import PIL.Image
+
+    AnyRequest = Request | ResolvedRequest
+else:
+    AnyRequest = object  # so that what is none is told in a sentence
 
 
 class Pipeline:
@@ -108,20 +113,12 @@ class Pipeline:
         videos = []
         for number, request in enumerate(requests, 1):
             with shown(shows, f"{number}/{len(requests)} " if len(requests) > 1 else "") as display:
-                on_step = watcher(self, request, call.options)
+                on_step = watcher(self, request.plan.sigmas, call.options)
                 videos.append(self.generate(request, on_step, progress=display or False).frames)
         return output(videos, call)
 
-    @overload
     def generate(
-        self, request: Request, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
-    ) -> Result: ...
-    @overload
-    def generate(
-        self, request: ResolvedRequest, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
-    ) -> Result: ...
-    def generate(
-        self, request: object, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
+        self, request: AnyRequest, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
     ) -> Result:
         """Makes one video.
 
@@ -136,15 +133,10 @@ class Pipeline:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
         """
         request = self.resolve(request)
-        with (
-            shown(self._shows if progress is None else progress) as display,
-            self._explained(request),
-            self._components.precision(),
-        ):
+        with shown(self._shows if progress is None else progress) as display, self._entered(request):
             clock, on_step = Clock(display and display.begin), with_display(on_step, display)
-            expect(
-                display, request, self._components.network("transformer").config, self._components.network("vae").config
-            )
+            if display is not None:
+                expect(display, request, self._components.networks)
             if isinstance(request.plan, RolloutPlan):
                 return self._generate_blocks(request, request.plan, on_step)
             memory = self.check_memory(request)
@@ -156,7 +148,7 @@ class Pipeline:
             values = np.asarray(latents)[0]
             if request.save_latents:
                 tensor_files.write_latents(request.save_latents, values)
-            frames = self._components.decoded(latents, clock)
+            frames = self._components.vae.timed(latents, clock)
         return Result(frames, values, request, dict(clock.seconds), memory, device.peak_bytes())
 
     def stream(self, prompt: str, **fields: Unpack[RequestFields]) -> Generator[Frames]:
@@ -195,7 +187,7 @@ class Pipeline:
             raise UserError(f"{self.checkpoint.path} does not make videos block by block; use a causal checkpoint")
         return self._stream_blocks(request, request.block_inputs(request.plan))
 
-    def resolve(self, request: object) -> ResolvedRequest:
+    def resolve(self, request: AnyRequest) -> ResolvedRequest:
         """What is asked -> what is decided, by this pipeline's checkpoint and settings. What is decided stays."""
         if isinstance(request, ResolvedRequest):
             return request
@@ -217,7 +209,7 @@ class Pipeline:
 
     def plan(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
         """The memory that a request will take, worked out before anything is loaded."""
-        return self._components.memory(self.resolve(request)).plan()
+        return self._memory(self.resolve(request)).plan()
 
     def check_memory(self, request: Request | ResolvedRequest) -> predict.MemoryPlan:
         """The memory that a request will take, compared with what there is. Warns where it may be too little.
@@ -225,7 +217,7 @@ class Pipeline:
         Raises:
             UserError: it is beyond memory_limit, or the weights alone are more than the device has.
         """
-        needs = self._components.memory(self.resolve(request))
+        needs = self._memory(self.resolve(request))
         plan, limit = needs.plan(), self.options.memory_limit_bytes
         need.check(plan, device.device_bytes_free(), device.device_bytes(), limit, needs.explain)
         return plan
@@ -277,7 +269,7 @@ class Pipeline:
             yield from self._components.streamer.programs(request, request.block_inputs(request.plan))
 
     def _conditions(self, request: ResolvedRequest, clock: Clock) -> Conditions:
-        text = jax.device_put(np.stack(self._components.texts(request, clock)))
+        text = jax.device_put(np.stack(texts(request, lambda: self._components.prompts, clock)))
         conditions = Conditions(text, np.float32(request.guidance_scale))
         if self.checkpoint.task == "i2v":
             _, height, width = self.output_size(request)
@@ -319,25 +311,36 @@ class Pipeline:
     def _stream_blocks(self, request: ResolvedRequest, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
             clock = Clock()
-            texts = self._components.texts(request, clock)
+            found = texts(request, lambda: self._components.prompts, clock)
             self._components.release_encoders()
-            yield from self._components.streamer.stream(request, inputs, texts, clock)
+            yield from self._components.streamer.stream(request, inputs, found, clock)
 
         self.check_memory(request)
-        return self._each(blocks, request)
+        return in_context(blocks, lambda: self._entered(request))
 
-    def _each(self, start: Callable[[], Generator[Block]], request: ResolvedRequest) -> Generator[Block]:
-        """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
-        with contextlib.closing(start()) as blocks:
-            while True:
-                with self._explained(request), self._components.precision():
-                    block = next(blocks, None)
-                if block is None:
-                    return
-                yield block
+    @contextlib.contextmanager
+    def _entered(self, request: ResolvedRequest) -> Iterator[None]:
+        """The settings of a run, and a sentence where memory runs out."""
+        explain = lambda: self._memory(request).explain(device.device_bytes())  # noqa: E731
+        with need.explained(explain), self._components.precision():
+            yield
 
-    def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
-        return need.explained(lambda: self._components.memory(request).explain(device.device_bytes()))
+    def _memory(self, request: ResolvedRequest) -> need.MemoryNeed:
+        blocks = None
+        if isinstance(request.plan, RolloutPlan):
+            kv_cache = request.kv_cache or self.options.dtype
+            blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
+        return need.MemoryNeed(
+            self.checkpoint,
+            {name: network.config for name, network in self._components.networks.items()},
+            request.latent_shape[:3],
+            request.uses_guidance,
+            not request.inputs.replaces_text_encoder,
+            blocks,
+            self.options,
+            on_cpu=jax.default_backend() == "cpu",
+            available=self.options.memory_limit_bytes or device.device_bytes(),
+        )
 
 
 show_fields(Pipeline.__init__, StartOptions, RunOptions)

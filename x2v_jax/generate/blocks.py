@@ -244,6 +244,19 @@ class _Watch:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+def in_context(
+    start: Callable[[], Generator[Block]], context: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Generator[Block]:
+    """The blocks of `start()`. The context holds while it works and not while its caller does."""
+    with contextlib.closing(start()) as blocks:
+        while True:
+            with context():
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
+
+
 def collect(
     blocks: Generator[Block], inputs: BlockInputs, on_block: Callable[[int, int, Array], None] | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:

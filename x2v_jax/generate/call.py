@@ -16,7 +16,6 @@ from x2v_jax.generate.denoise import OnStep
 from x2v_jax.generate.progress import Progress
 from x2v_jax.request.calls import Call, CallOptions, StepEndCallback
 from x2v_jax.request.options import OptionFields, RunOptions
-from x2v_jax.request.resolve import ResolvedRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +103,11 @@ def with_display(on_step: OnStep | None, display: Progress | None) -> OnStep | N
     return both
 
 
-def watcher(pipeline: object, request: ResolvedRequest, options: CallOptions) -> OnStep | None:
+def watcher(pipeline: object, sigmas: Sequence[float], options: CallOptions) -> OnStep | None:
     """The on_step of a call: its own, and diffusers' callback_on_step_end; None without either."""
     on_step, callback = cast(OnStep | None, options.on_step), options.callback_on_step_end
     if callback is None:
         return on_step
-    sigmas = request.plan.sigmas
 
     def both(step: int, count: int, latents: Array) -> None:
         if on_step is not None:

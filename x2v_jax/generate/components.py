@@ -5,25 +5,18 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
-import numpy as np
-from jaxtyping import Array, Float
 
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
-from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
-from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.denoise import Denoiser
 from x2v_jax.generate.image import ImageConditioner
 from x2v_jax.generate.network import Network, describe_networks
-from x2v_jax.generate.result import Frames
 from x2v_jax.generate.text import PromptEncoder
 from x2v_jax.generate.vae import VaeRunner
-from x2v_jax.memory import device, need
 from x2v_jax.models.config import ClipConfig, Config, Umt5Config, VaeConfig, WanConfig
 from x2v_jax.ops import devices
 from x2v_jax.request.options import RunOptions
-from x2v_jax.request.resolve import ResolvedRequest
 
 
 class Components:
@@ -114,43 +107,6 @@ class Components:
             for name in ("text_encoder", "image_encoder"):
                 if name in self.networks:
                     self.networks[name].release()
-
-    def texts(self, request: ResolvedRequest, clock: Clock) -> list[Float[np.ndarray, "l d"]]:
-        """Embeddings of a request's prompts, encoded or from its file."""
-        given = request.inputs.text()
-        if not given:
-            return self.prompts(request.prompts, clock)
-        if not request.uses_guidance:
-            return [given["text"]]
-        negative = given.get("negative_text")
-        if negative is None:
-            negative = self.prompts(request.prompts[:1], clock)[0]
-        return [negative, given["text"]]
-
-    def decoded(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> Frames:
-        """uint8 [F, H, W, 3] of latents."""
-        with clock("load"):
-            self.network("vae").load()
-        with clock("vae"):
-            return self.vae.decode(latents)
-
-    def memory(self, request: ResolvedRequest) -> need.MemoryNeed:
-        """What a request's video needs of the device's memory."""
-        blocks = None
-        if isinstance(request.plan, RolloutPlan):
-            kv_cache = request.kv_cache or self.options.dtype
-            blocks = need.block_sizes(request.plan, kv_cache, request.inputs.encoded_frames_from)
-        return need.MemoryNeed(
-            self.checkpoint,
-            {name: network.config for name, network in self.networks.items()},
-            request.latent_shape[:3],
-            request.uses_guidance,
-            not request.inputs.replaces_text_encoder,
-            blocks,
-            self.options,
-            on_cpu=jax.default_backend() == "cpu",
-            available=self.options.memory_limit_bytes or device.device_bytes(),
-        )
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         # On GPUs and TPUs float32 matmuls are rounded to fewer bits unless asked otherwise.

@@ -4,10 +4,11 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, Self, runtime_checkable
 
-from x2v_jax.models.config import VaeConfig, WanConfig
+from x2v_jax.generate.network import Network
+from x2v_jax.models.config import Config, VaeConfig, WanConfig
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan
 
 # Between two lines where there is no terminal on which one could be kept up to date.
@@ -168,10 +169,11 @@ def shown(progress: "bool | Progress", label: str = "") -> Iterator[Progress | N
         yield None
 
 
-def expect(display: Progress | None, request: ResolvedRequest, transformer: WanConfig, vae: VaeConfig) -> None:
+def expect(display: Progress, request: ResolvedRequest, networks: Mapping[str, Network[Config]]) -> None:
     """Tells a display what a video takes."""
-    if display is not None and isinstance(request.plan, WholePlan):
+    transformer, vae = (networks[name].config for name in ("transformer", "vae"))
+    if isinstance(request.plan, WholePlan) and isinstance(transformer, WanConfig) and isinstance(vae, VaeConfig):
         display.expect(request.num_inference_steps, vae_to_step(request, transformer, vae))
-    elif display is not None and request.num_blocks:
+    elif request.num_blocks:
         display.expect(request.num_blocks, 0.0, "blocks")  # each of which is decoded
         display.begin("denoise")
