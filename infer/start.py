@@ -18,16 +18,18 @@ def pipeline(settings: Settings) -> "Pipeline":
     Raises:
         UserError: the device cannot run what they name.
     """
-    _set_up_jax()
+    _set_up_jax(settings.config.compilation_cache)
     from x2v_jax.pipeline import Pipeline
 
-    cache = settings.config.compilation_cache
-    return Pipeline(settings.checkpoint, loras=settings.loras, compilation_cache=cache, **options(settings.config))
+    return Pipeline(settings.checkpoint, loras=settings.loras, compilation_cache="", **options(settings.config))
 
 
-def _set_up_jax() -> None:
+def _set_up_jax(cache: str) -> None:
     # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    from x2v_jax.generate.programs import start_cache
+
+    start_cache(cache)
 
 
 def announce(pipeline: "Pipeline", settings: Settings) -> None:

@@ -375,7 +375,7 @@ def test_what_cannot_be_written_or_read_is_said_before_any_weights_are_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("infer.start._set_up_jax", lambda: pytest.fail("the work began"))
+    monkeypatch.setattr("infer.start._set_up_jax", lambda cache: pytest.fail("the work began"))
     for name, shape in (("noise", (16, 1, 6, 4)), ("text", (5, 25))):
         with SafetensorsWriter(f"{name}.safetensors", {name: (shape, np.float32)}) as writer:
             writer.write(name, np.zeros(shape, np.float32))
