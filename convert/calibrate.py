@@ -18,6 +18,7 @@ from x2v_jax.media.image import load_image
 from x2v_jax.request import Request
 from x2v_jax.request.inputs import InputFiles
 from x2v_jax.request.options import RunOptions
+from x2v_jax.request.prompt_file import read_prompts
 from x2v_jax.request.resolve import ResolvedRequest, resolve
 from x2v_jax.shipped import VERSION
 
@@ -158,7 +159,7 @@ def about(checkpoint: NativeCheckpoint, requests: Sequence[ResolvedRequest]) -> 
 
 
 def _requests(args: argparse.Namespace, checkpoint: NativeCheckpoint) -> list[ResolvedRequest]:
-    prompts = _prompts(args.prompts)[: args.limit]
+    prompts = [prompt.text for prompt in read_prompts(args.prompts, "--prompts")][: args.limit]
     if checkpoint.task == "i2v" and args.images is None:
         raise UserError(f"--images: {checkpoint.path} makes videos of images; give a picture, a folder or a list")
     if checkpoint.task != "i2v" and args.images is not None:
@@ -170,13 +171,6 @@ def _requests(args: argparse.Namespace, checkpoint: NativeCheckpoint) -> list[Re
         resolve(Request(prompt, image=images[i % len(images)], seed=args.seed + i, **sizes), checkpoint, files=files)
         for i, prompt in enumerate(prompts)
     ]
-
-
-def _prompts(path: str) -> list[str]:
-    lines = _lines("--prompts", pathlib.Path(path))
-    if not lines:
-        raise UserError(f"--prompts {path}: there is no prompt in it; write one a line")
-    return lines
 
 
 def _images(path: pathlib.Path) -> list[str]:

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted; {str(interrupt) or 'videos that were finished are kept'}", file=sys.stderr)
+        print(f"\ninterrupted; {str(interrupt) or cli.kept()}", file=sys.stderr)
         return 130
     return 0
 

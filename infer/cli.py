@@ -17,12 +17,12 @@ from .record import stream_video
 from .settings import Job, Settings, read_settings
 
 if TYPE_CHECKING:
-    from x2v_jax.pipeline import Pipeline, Result
+    from x2v_jax.pipeline import Pipeline
 
 DEFAULT_CONFIG = "configs/shapes/t2v.py"
 OPTIONS = {
     "config": flags.Option(f"settings to start from [{DEFAULT_CONFIG}]", "FILE.py[:ARGUMENT]"),
-    "rerun": flags.Option("repeat a video with the settings that it carries", "FILE.mp4"),
+    "rerun": flags.Option("repeat a video with the settings that it, or the JSON beside it, carries", "FILE.mp4"),
     "warmup": flags.Option("compile what the video needs, for the next start, and make none"),
     "overwrite": flags.Option("replace existing files (the same as --config.overwrite=true)"),
 }
@@ -33,7 +33,7 @@ _CHECKPOINT = f"--config.checkpoint=FOLDER (made by `{shipped.command('convert')
 _OTHER_NAMES = {
     "model_path": _CHECKPOINT,
     "ckpt_dir": _CHECKPOINT,
-    "config_json": "--config=configs/lightx2v.py:FILE.json",
+    "config_json": "--config=FILE.json",
     "model_cls": "--config=configs/distill/… or configs/base/…",
     "image_path": "--config.image=FILE",
     "save_video_path": "--config.output=FILE.mp4",
@@ -52,7 +52,7 @@ _USAGE = f"""{_INFER}: makes videos from prompts and images
   {_INFER:<64}the tiny model that ships with the project
   {_INFER} --config.prompt="a blue square moves up"
   {_INFER} --config=configs/distill/wan_t2v_4step.py --config.checkpoint=FOLDER --config.prompt="…"
-  {_INFER} --config=configs/lightx2v.py:FILE.json --config.checkpoint=FOLDER
+  {_INFER} --config=LIGHTX2V.json --config.checkpoint=FOLDER
   {_INFER} --config=configs/shapes/t2v_causal.py --config.seconds=20
   {_INFER} --config=configs/self_forcing/wan_t2v_self_forcing.py --config.endless=true --config.prompt="…"
   {_INFER} --rerun outputs/FILE.mp4 --config.seed=7
@@ -64,7 +64,17 @@ is there is kept, and the exit code is 130."""
 
 
 def help_text() -> str:
-    return flags.help_text(_USAGE, OPTIONS, KEYS)
+    return flags.help_text(_USAGE, OPTIONS, KEYS, DEFAULT_CONFIG)
+
+
+_finished: list[pathlib.Path] = []  # the videos of this run
+
+
+def kept() -> str:
+    """What to say of the videos of a run that was interrupted."""
+    if not _finished:
+        return "no video was finished"
+    return f"{len(_finished)} finished video{'s are' if len(_finished) > 1 else ' is'} kept"
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -75,6 +85,7 @@ def run(arguments: Sequence[str]) -> None:
         HelpAsked: --help is among them.
     """
     _plain_warnings()
+    _finished.clear()
     options = {name: option for name, option in OPTIONS.items() if name != "config"}
     with Interrupts() as interrupts:
         line = flags.parse(arguments, default_config=DEFAULT_CONFIG, options=options, other_names=_OTHER_NAMES)
@@ -84,6 +95,11 @@ def run(arguments: Sequence[str]) -> None:
 
 def _generate(settings: Settings, interrupts: Interrupts) -> None:
     begin = time.perf_counter()
+    if settings.skipped:
+        total = len(settings.jobs) + settings.skipped
+        print(f"{settings.skipped} of {total} videos are there and are skipped", file=sys.stderr)
+    if not settings.jobs:
+        return
     pipeline = start.make_pipeline(settings)
     start.take_programs(pipeline, settings)
     start.announce(pipeline, settings)
@@ -102,29 +118,21 @@ def _generate(settings: Settings, interrupts: Interrupts) -> None:
             path, taken = _one_video(pipeline, settings, job, label)
         for name, value in taken.items():
             seconds[name] = seconds.get(name, 0.0) + value
+        _finished.append(path)
         print(path, flush=True)
     _summarize(len(settings.jobs), seconds, time.perf_counter() - begin, predicted)
 
 
 def _one_video(pipeline: "Pipeline", settings: Settings, job: Job, label: str) -> tuple[pathlib.Path, dict[str, float]]:
-    result = _generate_whole(pipeline, job, settings.config, label)
-    before = time.perf_counter()
-    path = outputs.write(job, result.frames, outputs.metadata(settings, job), settings.config.overwrite)
+    from x2v_jax.generate.progress import shown
+
+    with shown(settings.config.progress, label) as display:
+        result = pipeline.generate(job.request, progress=display or False)
+        before = time.perf_counter()
+        if display is not None:
+            display.begin("writing the file")
+        path = outputs.write(settings, job, result.frames)
     return path, result.seconds | {"file": time.perf_counter() - before}
-
-
-def _generate_whole(pipeline: "Pipeline", job: Job, config: Any, label: str) -> "Result":
-    if not config.progress:
-        return pipeline.generate(job.request)
-    from tqdm import tqdm
-
-    # disable=None: no bar where the output is not a terminal. The steps run one by one all the same.
-    with tqdm(total=job.request.num_inference_steps, desc=f"{label}denoising", unit="step", disable=None) as bar:
-
-        def on_step(step: int, count: int, latents: Any) -> None:
-            bar.update()
-
-        return pipeline.generate(job.request, on_step)
 
 
 def _summarize(videos: int, seconds: dict[str, float], total: float, predicted: int) -> None:

@@ -129,7 +129,9 @@ class _Recording:
         self.seconds: dict[str, float] = {}
         self.is_complete = False
         self._metadata = outputs.metadata(settings, job)
-        self.stream = VideoStream(outputs.place(job, settings.config.overwrite), self.fps, self._metadata)
+        self.stream = VideoStream(
+            outputs.place(job, settings.config.existing), self.fps, outputs.carried(settings, self._metadata)
+        )
         self._interrupts = interrupts
         self._size: tuple[int, ...] = ()
         self._is_closed = False

@@ -1,50 +1,61 @@
 """From a parsed command line to the videos to make, checked as far as possible without jax."""
 
 import dataclasses
-import hashlib
 import pathlib
 import re
 import tempfile
-import warnings
 from typing import Any
 
 from x2v_jax import shipped
-from x2v_jax.checkpoint.lora.arguments import lora_pair, parse_lora_argument
+from x2v_jax.checkpoint.lora.arguments import distilling, lora_pairs
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint, open_checkpoint
 from x2v_jax.checkpoint.native.writer import MODEL_FILE
 from x2v_jax.config import flags
-from x2v_jax.config.inference import KEYS, LENGTHS, inference_config
+from x2v_jax.config.inference import KEYS, LENGTHS
 from x2v_jax.errors import UserError
 from x2v_jax.request import Request
 from x2v_jax.request import options as run_options
 from x2v_jax.request.inputs import InputFiles
 from x2v_jax.request.resolve import ResolvedRequest, resolve
 
+from . import rerun
+from .asked import EXISTING, Asked, asked_videos, is_there
+
 Config = Any  # a ConfigDict, whose keys have no types before it runs
 
 _MAX_VIDEOS = 100_000
-# Keys that name files whose content decides the result.
-_INPUTS = ("image", "initial_noise", "text_embeddings", "continue_from")
+_SUFFIXES = (".mp4", ".gif", ".webp", ".png")
+_ENDINGS = ".mp4, .gif or .webp, or .png for one frame"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One video: its request, decided, and where it goes: a folder and a name without suffix."""
+    """One video: its request, decided, and where it goes: a folder and a name, and its suffix."""
 
     request: ResolvedRequest
     folder: pathlib.Path
     stem: str
+    suffix: str = ".mp4"
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.folder / f"{self.stem}{self.suffix}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that a run needs. inputs: path -> SHA-256 of the files that decide the result."""
+    """Everything that a run needs.
+
+    jobs: the videos to make. skipped: how many others are there already.
+    inputs: path -> SHA-256 of the files that decide the result.
+    """
 
     config: Config
     checkpoint: NativeCheckpoint
     loras: tuple[tuple[str, float], ...]
     jobs: tuple[Job, ...]
     inputs: dict[str, str]
+    skipped: int = 0
 
 
 def read_settings(line: flags.CommandLine) -> Settings:
@@ -53,40 +64,53 @@ def read_settings(line: flags.CommandLine) -> Settings:
     Raises:
         UserError: something in it cannot be done.
     """
-    recorded: dict[str, Any] | None = None
+    recorded: rerun.Recorded | None = None
     config: Config = line.config
     if "rerun" in line.options:
         if line.config_file is not None:
             raise UserError(
                 "--rerun takes its settings from the video; leave --config out (--config.KEY=… still counts)"
             )
-        config, recorded = _recorded_config(line.options["rerun"], line.overrides)
+        recorded = rerun.read(line.options["rerun"])
+        config = recorded.config(line.overrides)
     if any(name in line.overrides for name in LENGTHS):
         for name in LENGTHS:
             if name not in line.overrides:
                 config[name] = False if name == "endless" else None
-    if line.options.get("overwrite"):
-        config.overwrite = True
     if "prompt" in line.overrides and "prompt_file" in line.overrides:
         raise UserError("config.prompt and config.prompt_file are both given; leave one out")
     _check(config)
-    _find_files(line, config, (recorded or {}).get("model_sha256"))
+    if line.options.get("overwrite") or config.overwrite:
+        config.existing = "overwrite"
+    _find_files(line, config)
     checkpoint = open_checkpoint(config.checkpoint)
     if config.task is not None and checkpoint.task != config.task:
         raise UserError(
             f"config.task is {config.task!r}, but {checkpoint.path} is a {checkpoint.task} checkpoint; choose the "
             "config that belongs to it, or another checkpoint"
         )
-    loras = tuple(_lora(entry) for entry in config.lora)
-    jobs = _jobs(config, checkpoint, has_loras=bool(loras))
+    loras = _loras(config)
+    jobs, skipped = _jobs(config, checkpoint, loras)
     for component in checkpoint.components:  # headers and names only: a damaged file is said before jax is imported
         _ = checkpoint.tokenizer_file() if component == "tokenizer" else checkpoint.tensors(component)
-    jobs[0].request.open_inputs()
-    files = [getattr(config, name) for name in _INPUTS if getattr(config, name)] + [path for path, _ in loras]
-    inputs = {path: _sha256(pathlib.Path(path)) for path in files}
+    files = _open_inputs(jobs) | {path: None for path, _ in loras}
+    inputs = {path: rerun.sha256(pathlib.Path(path)) for path in files}
     if recorded is not None:
-        _warn_of_changes(recorded, inputs, checkpoint)
-    return Settings(config, checkpoint, loras, jobs, inputs)
+        recorded.warn_of_changes(inputs, checkpoint)
+    return Settings(config, checkpoint, loras, jobs, inputs, skipped)
+
+
+def _open_inputs(jobs: tuple[Job, ...]) -> dict[str, None]:
+    """The files that the videos name. Each kind of them is opened, so that none ends the run on its way."""
+    opened: set[tuple[Any, ...]] = set()
+    paths: dict[str, None] = {}
+    for job in jobs:
+        named = tuple(getattr(job.request.completed, name) for name in rerun.INPUTS)
+        if named not in opened:
+            job.request.open_inputs()
+            opened.add(named)
+            paths |= dict.fromkeys(path for path in named if path)
+    return paths
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -96,44 +120,7 @@ def options(config: Config) -> dict[str, Any]:
 
 def checkpoint_digest(checkpoint: NativeCheckpoint) -> str:
     """Tells checkpoints apart cheaply: model.json lists the digests of the sources."""
-    return _sha256(checkpoint.path / "model.json")
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _recorded_config(path: str, overrides: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    from x2v_jax.media.video import read_metadata
-
-    recorded = read_metadata(path)
-    values = recorded.get("config")
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path} carries no settings of this program; give an mp4 as `{shipped.command('infer')}` wrote it"
-        )
-    config: Config = inference_config()
-    for name, value in values.items():
-        if name not in config:
-            warnings.warn(f"{name}={value!r} of {path} is ignored: this version has no such key", stacklevel=2)
-        elif value is not None:
-            flags.set_key(config, name, value)
-    config.output = path
-    for name, value in overrides.items():
-        flags.set_key(config, name, value)
-    return config, recorded
-
-
-def _warn_of_changes(recorded: dict[str, Any], inputs: dict[str, str], checkpoint: NativeCheckpoint) -> None:
-    digests = recorded.get("inputs")
-    for path, digest in digests.items() if isinstance(digests, dict) else ():
-        if path in inputs and inputs[path] != digest:
-            warnings.warn(f"{path} has changed since that video was made; this one will differ", stacklevel=3)
-    if recorded.get("model_sha256") not in (None, checkpoint_digest(checkpoint)):
-        warnings.warn(
-            f"{checkpoint.path} is not the checkpoint that made that video; this one will differ", stacklevel=3
-        )
+    return rerun.sha256(checkpoint.path / MODEL_FILE)
 
 
 def _check(config: Config) -> None:
@@ -146,7 +133,13 @@ def _check(config: Config) -> None:
     if not isinstance(config.num_videos, int) or not 1 <= config.num_videos <= _MAX_VIDEOS:
         problems.append(f"config.num_videos is {config.num_videos!r}; give a whole number from 1 to {_MAX_VIDEOS}")
     if config.seed is not None and config.seed < -1:
-        problems.append(f"config.seed is {config.seed}; give 0 to 4294967295, or -1 to draw one")
+        problems.append(f"config.seed is {config.seed}; give 0 to 2^64 - 1, or -1 to draw one")
+    if config.existing not in EXISTING:
+        problems.append(f"config.existing is {config.existing!r}; give one of {', '.join(EXISTING)}")
+    if config.existing == "skip" and config.seed == -1:
+        problems.append(
+            "config.existing is 'skip' and config.seed is -1, which draws other seeds each time; give a seed"
+        )
     if config.task not in (None, "t2v", "i2v"):
         problems.append(f"config.task is {config.task!r}; give 't2v' or 'i2v'")
     if not config.output:
@@ -157,52 +150,61 @@ def _check(config: Config) -> None:
         raise UserError(problems[0])
 
 
-def _find_files(line: flags.CommandLine, config: Config, model_sha256: Any) -> None:
+def _find_files(line: flags.CommandLine, config: Config) -> None:
     """Turns names of what is shipped into paths: the shipped model and picture are found from anywhere.
 
-    A recorded name may be the user's own or shipped; of two models, that with the recorded digest is meant.
+    What a video recorded is a path already.
     """
     for name in ("checkpoint", "image"):
-        if config[name]:
-            typed = line.is_typed(name) or "rerun" in line.options
-            if name == "checkpoint" and name not in line.overrides and model_sha256 is not None:
-                file = shipped.find(config.checkpoint, typed=False) / MODEL_FILE
-                typed = not (file.is_file() and _sha256(file) == model_sha256)
-            config[name] = shipped.locate(config[name], typed=typed)
+        if config[name] and (name in line.overrides or "rerun" not in line.options):
+            config[name] = shipped.locate(config[name], typed=line.is_typed(name))
 
 
-def _lora(entry: Any) -> tuple[str, float]:
-    path, strength = parse_lora_argument(entry) if isinstance(entry, str) else lora_pair(entry, "config.lora")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"config.lora: {path!r} is no file; mend the path")
-    return path, strength
+def _loras(config: Config) -> tuple[tuple[str, float], ...]:
+    loras = lora_pairs(config.lora, "config.lora", typed=True)
+    for path, _ in loras:
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"config.lora: {path!r} is no file; mend the path")
+    return loras
 
 
-def _jobs(config: Config, checkpoint: NativeCheckpoint, *, has_loras: bool) -> tuple[Job, ...]:
-    prompts = [config.prompt] if config.prompt_file is None else _read_prompts(config.prompt_file)
+def _jobs(
+    config: Config, checkpoint: NativeCheckpoint, loras: tuple[tuple[str, float], ...]
+) -> tuple[tuple[Job, ...], int]:
+    """The videos that are to be made, and how many of those that are asked for are there already."""
+    asked = asked_videos(config)
     shared = {name: config[name] for name in Request.field_names() if name in config}
-    shared["seed"] = None if config.seed == -1 else config.seed
     shared["prompt_schedule"] = _prompt_schedule(config.prompt_schedule)
-    total = len(prompts) * config.num_videos
+    total = len(asked)
     if config.endless and total > 1:
         raise UserError(f"config.endless is True for {total} videos, and the first has no end; give seconds instead")
     jobs, files = [], InputFiles()
-    for prompt in prompts:
-        for offset in range(config.num_videos):
-            number = len(jobs) + 1
-            seed = None if shared["seed"] is None else shared["seed"] + offset
-            latents = _numbered_latents(config, number, total)
-            asked = Request(**(shared | {"prompt": prompt, "seed": seed, "save_latents": latents}))
-            request = resolve(asked, checkpoint, files=files, has_loras=has_loras, allow_mismatch=config.allow_mismatch)
-            from_file = config.prompt_file is not None
-            jobs.append(Job(request, *_place(config.output, request, number, total, from_file)))
+    anyway = {"has_loras": bool(loras), "distilled_by": distilling(loras), "allow_mismatch": config.allow_mismatch}
+    skipped = 0
+    for number, video in enumerate(asked, 1):
+        latents = _numbered_latents(config, number, total)
+        fields = shared | {"prompt": video.text, "save_latents": latents} | dict(video.fields)
+        try:
+            request = resolve(Request(**fields), checkpoint, files=files, **anyway)
+        except UserError as error:
+            raise UserError(f"{video.where}: {error}") from None if video.where else error
+        place = _place(config.output, request, number, total, config.prompt_file is not None, video)
+        job = Job(request, *place)
+        if job.suffix == ".png" and request.num_frames != 1:
+            raise UserError(f"config.output is {config.output!r}, one picture; give num_frames=1, or a name in .mp4")
+        if job.suffix != ".mp4" and checkpoint.schedule.causal is not None:
+            raise UserError(f"{job.path} is to be made block by block, and that goes into an .mp4; give such a name")
+        if config.existing == "skip" and is_there(job.path, request.completed):
+            skipped += 1
+        else:
+            jobs.append(job)
     for folder in {job.folder for job in jobs}:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"config.output: {folder} is a file, not a folder; choose another place")
         _check_writable("output", folder)
     if config.save_latents is not None:
         _check_writable("save_latents", pathlib.Path(config.save_latents).parent)
-    return tuple(jobs)
+    return tuple(jobs), skipped
 
 
 def _check_writable(key: str, folder: pathlib.Path) -> None:
@@ -229,19 +231,6 @@ def _prompt_schedule(value: Any) -> Any:
     return tuple((float(second), prompt.strip()) for second, prompt in zip(pieces[1::2], pieces[2::2], strict=True))
 
 
-def _read_prompts(path: str) -> list[str]:
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"config.prompt_file: {path} cannot be read: {error.strerror}; mend the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"config.prompt_file: {path} is not UTF-8 text; save it as UTF-8, one prompt a line") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"config.prompt_file: {path} has no prompt in it; write one prompt a line")
-    return prompts
-
-
 def _numbered_latents(config: Config, number: int, total: int) -> str | None:
     if config.save_latents is None:
         return None
@@ -250,21 +239,33 @@ def _numbered_latents(config: Config, number: int, total: int) -> str | None:
         path = path.with_name(f"{path.stem}-{_padded(number, total)}{path.suffix}")
     if not path.name or path.is_dir():
         raise UserError(f"config.save_latents is {config.save_latents!r}, a folder; give a .safetensors file")
-    if path.exists() and not config.overwrite:
+    if path.exists() and config.existing == "rename":
         raise UserError(f"config.save_latents: {path} exists; give another name or --overwrite")
     return str(path)
 
 
-def _place(output: str, request: ResolvedRequest, number: int, total: int, from_file: bool) -> tuple[pathlib.Path, str]:
-    """Folder and stem of a video."""
+def _place(
+    output: str, request: ResolvedRequest, number: int, total: int, from_file: bool, video: Asked
+) -> tuple[pathlib.Path, str, str]:
+    """Folder, stem and suffix of a video."""
     path = pathlib.Path(output).expanduser()
+    is_folder = output.endswith(("/", "\\")) or path.is_dir() or not path.suffix
+    if video.output:
+        own = pathlib.Path(video.output).expanduser()
+        suffix = own.suffix.lower()
+        if suffix not in _SUFFIXES:
+            raise UserError(f"{video.output!r} is the output of a prompt; the file's name must end in {_ENDINGS}")
+        own = (path if is_folder else path.parent) / own
+        return own.parent, own.stem, suffix
     counted = _padded(number, total)
-    if output.endswith(("/", "\\")) or path.is_dir() or not path.suffix:
+    if is_folder:
         stem = f"{_slug(request.prompt)}-seed{request.seed}"
-        return path, f"{counted}-{stem}" if from_file else stem
-    if path.suffix.lower() != ".mp4":
-        raise UserError(f"config.output is {output!r}; the file's name must end in .mp4 (or give a folder)")
-    return path.parent, f"{path.stem}-{counted}" if total > 1 else path.stem
+        stem = f"{_slug(video.name)}-{stem}" if video.name else stem
+        return path, f"{counted}-{stem}" if from_file else stem, ".mp4"
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UserError(f"config.output is {output!r}; the file's name must end in {_ENDINGS} (or give a folder)")
+    return path.parent, f"{path.stem}-{counted}" if total > 1 else path.stem, suffix
 
 
 def _padded(number: int, total: int) -> str:

@@ -32,16 +32,15 @@ def make_pipeline(settings: Settings) -> "Pipeline":
     _set_up_jax(settings.config.compilation_cache)
     from x2v_jax.pipeline import Pipeline
 
-    return Pipeline(settings.checkpoint, loras=settings.loras, **options(settings.config))
+    return Pipeline(settings.checkpoint, loras=settings.loras, compilation_cache="", **options(settings.config))
 
 
 def _set_up_jax(cache: str) -> None:
     # By default jax takes three quarters of a GPU, and the large models need more; the rest is for CUDA's libraries.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from x2v_jax.generate.programs import use_cache
+    from x2v_jax.generate.programs import start_cache
 
-        use_cache(cache)
+    start_cache(cache)
 
 
 def announce(pipeline: "Pipeline", settings: Settings) -> None:
@@ -69,6 +68,12 @@ def announce(pipeline: "Pipeline", settings: Settings) -> None:
         f"{settings.config.dtype}; about {plan.peak / 1e9:.1f} GB of memory{on_host}",
         file=sys.stderr,
     )
+    if checkpoint.task == "i2v" and (height, width) != (request.height, request.width):
+        print(
+            f"note: {request.height}x{request.width} is the area, and of this picture's shape that is {height}x{width} "
+            "by Wan's published rule, which rounds down; size_rule=exact makes what is asked",
+            file=sys.stderr,
+        )
     if pipeline.lora_report is not None:
         print(pipeline.lora_report, file=sys.stderr)
     pipeline.check_memory(request)

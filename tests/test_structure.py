@@ -47,7 +47,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "errors", "shipped", "ops", "models.config", "models", "diffusion", *_CHECKPOINT, "checkpoint.lora", "request",
         "memory", "media",
     ),
-    "pipeline": ("errors", "diffusion", "checkpoint.native", "media", "request", "memory", "generate"),
+    "pipeline": (
+        "errors", "diffusion", "checkpoint.native", "checkpoint.lora", "media", "request", "memory", "generate",
+    ),
     "": ("errors", "shipped", "media", "request", "generate", "pipeline"),  # x2v_jax itself: the public names
     "video": ("media",),  # the old place of media.video, for one release
     "configs": ("config", "errors"),

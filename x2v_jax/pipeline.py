@@ -5,54 +5,44 @@ Videos whose frames are made all together: `Pipeline.generate`. Models that make
 """
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
+from x2v_jax.checkpoint.lora.arguments import distilling
 from x2v_jax.checkpoint.native import reader
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
 from x2v_jax.generate import whole
-from x2v_jax.generate.blocks import Block, collect
+from x2v_jax.generate.blocks import Block, collect, in_context
+from x2v_jax.generate.call import PipelineFields, StartOptions, describe, output, split, watcher, with_display
 from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.components import Components
 from x2v_jax.generate.denoise import Conditions, NotFinite, OnStep, Start
-from x2v_jax.generate.network import Lora
-from x2v_jax.generate.programs import Program, compile_all
+from x2v_jax.generate.programs import Program, compile_all, start_cache
+from x2v_jax.generate.progress import Progress, expect, shown
+from x2v_jax.generate.result import Frames, Result
+from x2v_jax.generate.text import texts
 from x2v_jax.media import tensor_files
 from x2v_jax.memory import device, need, predict
+from x2v_jax.request.calls import Call, CallFields, CallOptions
+from x2v_jax.request.diffusers_names import refuse_methods
 from x2v_jax.request.inputs import BlockInputs, InputFiles
-from x2v_jax.request.options import OptionFields, RunOptions, show_fields
+from x2v_jax.request.options import RunOptions, show_fields
 from x2v_jax.request.request import Request, RequestFields
 from x2v_jax.request.resolve import ResolvedRequest, WholePlan, resolve
 
-Frames = UInt8[np.ndarray, "F H W 3"]
+if TYPE_CHECKING:
+    import PIL.Image
 
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One video and how it came about.
-
-    frames: uint8 [F, H, W, 3].
-    latents: float32 [f, h, w, C], as they were before the VAE.
-    request: as it was decided, with the seed that was drawn.
-    seconds: wall time of "load", "text", "image", "denoise" and "vae"; the first call of a size includes compiling.
-    memory_plan: predicted bytes.
-    peak_bytes: the process's (CPU) or the device's (GPU) highest so far.
-    """
-
-    frames: Frames
-    latents: Float[np.ndarray, "f h w c"]
-    request: ResolvedRequest
-    seconds: dict[str, float]
-    memory_plan: predict.MemoryPlan
-    peak_bytes: int
+    AnyRequest = Request | ResolvedRequest
+else:
+    AnyRequest = object  # so that what is none is told in a sentence
 
 
 class Pipeline:
@@ -63,65 +53,93 @@ class Pipeline:
     (1, 64, 64, 3)
     """
 
-    def __init__(
-        self, checkpoint: reader.NativeCheckpoint, *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
-    ):
+    def __init__(self, checkpoint: reader.NativeCheckpoint, **options: Unpack[PipelineFields]):
         """See `from_checkpoint`."""
+        start, run = split(options)
+        pairs = start.lora_pairs()
+        start_cache(start.cache())
+        self._shows = bool(start.progress)
         self.checkpoint = checkpoint
-        self.options = RunOptions.of(options)
-        self._has_loras = bool(loras)
+        self.options = RunOptions.of(run)
+        self._loras = pairs
         self._files = InputFiles()
-        self._components = Components(checkpoint, self.options, loras)
+        self._components = Components(checkpoint, self.options, pairs)
         self.lora_report = self._components.lora_report
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | os.PathLike[str], *, loras: Sequence[Lora] = (), **options: Unpack[OptionFields]
-    ) -> Self:
+    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Unpack[PipelineFields]) -> Self:
         """A pipeline on a checkpoint that `python -m convert` made. Weights are read when they are first needed.
 
         Args:
             path: the checkpoint's folder.
-            loras: files, or (file, strength) pairs, merged into the transformer when it is loaded.
-            options: fields of `request.options.RunOptions`.
+            options: fields of `generate.call.StartOptions`, LoRAs above all, and of `request.options.RunOptions`.
 
         Raises:
             UserError: no such checkpoint, a LoRA that does not fit it, or an option that cannot be.
         """
-        return cls(reader.open_checkpoint(path), loras=loras, **options)
+        return cls(reader.open_checkpoint(path), **options)
 
-    def __call__(self, prompt: str, **fields: Unpack[RequestFields]) -> Frames:
-        """Makes one video.
+    def __repr__(self) -> str:
+        return describe(self.checkpoint, self.options, self._loras)
+
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], *, output_type: Literal["np"] = "np", **fields: Unpack[CallFields]
+    ) -> np.ndarray: ...
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], *, output_type: Literal["pil"], **fields: Unpack[CallFields]
+    ) -> "list[PIL.Image.Image] | list[list[PIL.Image.Image]]": ...
+    def __call__(self, prompt: object, **fields: object) -> object:
+        """Makes a video, or several of a size.
 
         Args:
-            fields: those of `Request`: height, width, num_frames, seed, image and so on.
+            prompt: one, or a list.
+            fields: those of `Request`: height, width, num_frames, seed, image and so on; and those of
+                `request.calls.CallOptions`.
 
         Returns:
-            uint8 [F, H, W, 3].
+            uint8 [F, H, W, 3]; [N, F, H, W, 3] of a list of prompts, or of num_videos_per_prompt above 1. As PIL images
+            a list, or a list of lists.
 
         Raises:
             UserError: a field that is unknown or that this checkpoint cannot serve.
         """
-        return self.generate(Request.of(prompt, fields)).frames
+        call = Call.of(prompt, fields)
+        requests = [self.resolve(request) for request in call.requests]
+        if len(requests) > 1:
+            self.prepare(requests)
+        shows = self._shows if call.options.progress is None else bool(call.options.progress)
+        videos = []
+        for number, request in enumerate(requests, 1):
+            with shown(shows, f"{number}/{len(requests)} " if len(requests) > 1 else "") as display:
+                on_step = watcher(self, request.plan.sigmas, call.options)
+                videos.append(self.generate(request, on_step, progress=display or False).frames)
+        return output(videos, call)
 
-    def generate(self, request: Request | ResolvedRequest, on_step: OnStep | None = None) -> Result:
+    def generate(
+        self, request: AnyRequest, on_step: OnStep | None = None, *, progress: bool | Progress | None = None
+    ) -> Result:
         """Makes one video.
 
         Args:
             on_step: called after each denoising step with (step from 0, number of steps, latents on the device, whose
-                memory the next step takes: copy what is to be kept). Without it all steps run as one program. An
-                exception from it ends the run. Where a video is made block by block, it is called after each block with
-                (block from 0, number of blocks, its latents [1, f, h, w, C]).
+                memory the next step takes: copy what is to be kept). An exception from it ends the run. Where a video
+                is made block by block, it is called after each block with (block from 0, number of blocks, its latents
+                [1, f, h, w, C]).
+            progress: a display to use, or whether there is one; None: as the pipeline was made.
 
         Raises:
             UserError: the request does not fit, the device's memory is too small, or the result is not finite.
         """
         request = self.resolve(request)
-        if isinstance(request.plan, RolloutPlan):
-            return self._generate_blocks(request, request.plan, on_step)
-        memory = self.check_memory(request)
-        clock = Clock()
-        with self._explained(request), self._components.precision():
+        with shown(self._shows if progress is None else progress) as display, self._entered(request):
+            clock, on_step = Clock(display and display.begin), with_display(on_step, display)
+            if display is not None:
+                expect(display, request, self._components.networks)
+            if isinstance(request.plan, RolloutPlan):
+                return self._generate_blocks(request, request.plan, on_step)
+            memory = self.check_memory(request)
             shape, denoiser = request.latent_shape, self._components.denoiser
             # First, so that a file of noise that does not fit costs no loading.
             noise = whole.noise(denoiser, request.seed, shape, request.plan, request.inputs)
@@ -130,7 +148,7 @@ class Pipeline:
             values = np.asarray(latents)[0]
             if request.save_latents:
                 tensor_files.write_latents(request.save_latents, values)
-            frames = self._decoded(latents, clock)
+            frames = self._components.vae.timed(latents, clock)
         return Result(frames, values, request, dict(clock.seconds), memory, device.peak_bytes())
 
     def stream(self, prompt: str, **fields: Unpack[RequestFields]) -> Generator[Frames]:
@@ -169,12 +187,18 @@ class Pipeline:
             raise UserError(f"{self.checkpoint.path} does not make videos block by block; use a causal checkpoint")
         return self._stream_blocks(request, request.block_inputs(request.plan))
 
-    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+    def resolve(self, request: AnyRequest) -> ResolvedRequest:
         """What is asked -> what is decided, by this pipeline's checkpoint and settings. What is decided stays."""
         if isinstance(request, ResolvedRequest):
             return request
-        anyway = self.options.allow_mismatch
-        return resolve(request, self.checkpoint, files=self._files, has_loras=self._has_loras, allow_mismatch=anyway)
+        return resolve(
+            request,
+            self.checkpoint,
+            files=self._files,
+            has_loras=bool(self._loras),
+            distilled_by=distilling(self._loras),
+            allow_mismatch=self.options.allow_mismatch,
+        )
 
     def output_size(self, request: Request | ResolvedRequest) -> tuple[int | None, int, int]:
         """Frames (None: endless), height and width in pixels of the video that a request gives."""
@@ -244,20 +268,8 @@ class Pipeline:
         else:
             yield from self._components.streamer.programs(request, request.block_inputs(request.plan))
 
-    def _texts(self, request: ResolvedRequest, clock: Clock) -> list[Float[np.ndarray, "l d"]]:
-        """Embeddings of a request's prompts, encoded or from its file."""
-        given = request.inputs.text()
-        if not given:
-            return self._components.prompts(request.prompts, clock)
-        if not request.uses_guidance:
-            return [given["text"]]
-        negative = given.get("negative_text")
-        if negative is None:
-            negative = self._components.prompts(request.prompts[:1], clock)[0]
-        return [negative, given["text"]]
-
     def _conditions(self, request: ResolvedRequest, clock: Clock) -> Conditions:
-        text = jax.device_put(np.stack(self._texts(request, clock)))
+        text = jax.device_put(np.stack(texts(request, lambda: self._components.prompts, clock)))
         conditions = Conditions(text, np.float32(request.guidance_scale))
         if self.checkpoint.task == "i2v":
             _, height, width = self.output_size(request)
@@ -287,12 +299,6 @@ class Pipeline:
                 latents = whole.pin_first_frame(latents, conditions.image_latents)
         return latents
 
-    def _decoded(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> Frames:
-        with clock("load"):
-            self._components.network("vae").load()
-        with clock("vae"):
-            return self._components.vae.decode(latents)
-
     def _generate_blocks(self, request: ResolvedRequest, plan: RolloutPlan, on_step: OnStep | None) -> Result:
         if request.endless:
             raise UserError(
@@ -305,25 +311,19 @@ class Pipeline:
     def _stream_blocks(self, request: ResolvedRequest, inputs: BlockInputs) -> Generator[Block]:
         def blocks() -> Generator[Block]:
             clock = Clock()
-            texts = self._texts(request, clock)
+            found = texts(request, lambda: self._components.prompts, clock)
             self._components.release_encoders()
-            yield from self._components.streamer.stream(request, inputs, texts, clock)
+            yield from self._components.streamer.stream(request, inputs, found, clock)
 
         self.check_memory(request)
-        return self._each(blocks, request)
+        return in_context(blocks, lambda: self._entered(request))
 
-    def _each(self, start: Callable[[], Generator[Block]], request: ResolvedRequest) -> Generator[Block]:
-        """The blocks of `start()`. The settings of a run hold while it works and not while its caller does."""
-        with contextlib.closing(start()) as blocks:
-            while True:
-                with self._explained(request), self._components.precision():
-                    block = next(blocks, None)
-                if block is None:
-                    return
-                yield block
-
-    def _explained(self, request: ResolvedRequest) -> contextlib.AbstractContextManager[None]:
-        return need.explained(lambda: self._memory(request).explain(device.device_bytes()))
+    @contextlib.contextmanager
+    def _entered(self, request: ResolvedRequest) -> Iterator[None]:
+        """The settings of a run, and a sentence where memory runs out."""
+        explain = lambda: self._memory(request).explain(device.device_bytes())  # noqa: E731
+        with need.explained(explain), self._components.precision():
+            yield
 
     def _memory(self, request: ResolvedRequest) -> need.MemoryNeed:
         blocks = None
@@ -343,7 +343,8 @@ class Pipeline:
         )
 
 
-show_fields(Pipeline.__init__, RunOptions)
-show_fields(Pipeline.from_checkpoint.__func__, RunOptions)  # type: ignore[attr-defined]
-show_fields(Pipeline.__call__, Request)
+show_fields(Pipeline.__init__, StartOptions, RunOptions)
+show_fields(Pipeline.from_checkpoint.__func__, StartOptions, RunOptions)  # type: ignore[attr-defined]
+show_fields(Pipeline.__call__, Request, CallOptions)
 show_fields(Pipeline.stream, Request)
+refuse_methods(Pipeline)

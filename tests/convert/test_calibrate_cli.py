@@ -128,9 +128,8 @@ def test_images_are_a_picture_a_folder_or_a_list(tmp_path, prompts, pictures):
             calibrate(source, tmp_path / f"{path.stem}.safetensors", "--prompts", prompts, "--images", path)
     names = [[pathlib.Path(request.completed.image).name for request in requests] for requests in seen]
     assert names == [["b.png", "b.png"], ["a.png", "b.png"], ["b.png", "a.png"]]
-    assert [request.completed.seed for request in seen[0]] == [0, 1] and seen[0][
-        0
-    ].completed.prompt == "a red circle moves left"
+    assert [request.completed.seed for request in seen[0]] == [0, 1]
+    assert seen[0][0].completed.prompt == "a red circle moves left"
 
 
 def test_the_places_are_those_that_the_blocks_name():
@@ -155,9 +154,9 @@ def test_every_mistake_is_one_sentence_before_the_work(tmp_path, prompts, pictur
     p = ("--prompts", prompts)
     for args, message in (
         ((source, out), "required: --prompts"),
-        ((source, out, "--prompts", empty), "there is no prompt in it; write one a line"),
-        ((source, out, "--prompts", tmp_path / "no.txt"), "--prompts "),
-        ((source, out, "--prompts", tmp_path / "bytes.txt"), "it is not UTF-8 text"),
+        ((source, out, "--prompts", empty), "has no prompt in it; write one a line"),
+        ((source, out, "--prompts", tmp_path / "no.txt"), "--prompts"),
+        ((source, out, "--prompts", tmp_path / "bytes.txt"), "is not UTF-8 text"),
         ((source, there, *p), "exists; give another name"),
         ((source, tmp_path / "c.txt", *p), "give a file that ends in .safetensors"),
         ((tmp_path / "int8", out, *p), "is int8 already, and activations are recorded before"),

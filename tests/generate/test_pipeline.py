@@ -351,6 +351,21 @@ def test_loras_are_merged_when_the_transformer_is_loaded(base: Pipeline, tmp_pat
         base.generate(Request(PROMPT, denoising_step_list=(1000, 500)))
 
 
+def test_a_lora_whose_name_says_that_it_distills_is_a_warning_where_it_should_not_be(
+    base: Pipeline, distilled: Pipeline, tmp_path: pathlib.Path
+):
+    file = lora_file(tmp_path / "step_distill.safetensors")
+    with pytest.warns(UserWarning, match="distilled already"):
+        Pipeline(distilled.checkpoint, loras={file: 0.5}).resolve(Request(PROMPT))
+    pipeline = Pipeline(base.checkpoint, lora=str(file))
+    assert pipeline.lora_report is not None and pipeline.lora_report.files[0].strength == 1.0
+    with pytest.warns(UserWarning, match="3 steps of the original model; give its denoising_step_list"):
+        pipeline.resolve(Request(PROMPT))
+    pipeline.resolve(Request(PROMPT, denoising_step_list=(1000, 500)))
+    with pytest.raises(UserError, match="loras and lora are both given"):
+        Pipeline(base.checkpoint, lora=str(file), loras=str(file))
+
+
 def test_options_that_do_not_exist_are_refused(base: Pipeline, tmp_path: pathlib.Path):
     with pytest.raises(UserError, match="dtype is 'int8'"):
         Pipeline(base.checkpoint, dtype="int8")
@@ -372,3 +387,14 @@ def test_times_and_peak_are_reported(distilled: Pipeline):
 def no_stray_warnings(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
     yield
     assert not [w for w in recwarn if "donated" in str(w.message)]
+
+
+def test_the_published_rule_rounds_the_size_and_the_exact_one_takes_it(i2v: Pipeline):
+    picture = np.zeros((480, 832, 3), np.uint8)
+    asked = Request(PROMPT, image=picture, height=480, width=832, num_frames=1)
+    assert i2v.output_size(asked) == (1, 464, 832)
+    exact = Request(PROMPT, image=PICTURE, height=32, width=48, num_frames=1, size_rule="exact", seed=1)
+    assert i2v.output_size(exact) == (1, 32, 48) and i2v.generate(exact).frames.shape == (1, 32, 48, 3)
+    for fields, sentence in (({"height": 40}, "height is 40"), ({"size_rule": "near"}, "give published or exact")):
+        with pytest.raises(UserError, match=sentence):
+            i2v(PROMPT, image=PICTURE, **{"width": 48, "size_rule": "exact", **fields})

@@ -200,3 +200,20 @@ def test_metadata_that_is_no_unicode_text_comes_back(tmp_path):
     write_video(tmp_path / "v.mp4", np.zeros((1, 16, 16, 3), np.uint8), 16, metadata)
     assert read_metadata(tmp_path / "v.mp4") == metadata
     assert json.loads((tmp_path / "v.json").read_text(encoding="utf-8")) == metadata
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("a.gif", b"GIF8"), ("a.WEBP", b"RIFF"), ("a.m4v", b"\0\0\0"), ("a.png", b"\x89PNG")]
+)
+def test_a_file_is_what_its_name_says(name: str, begin: bytes, tmp_path: pathlib.Path):
+    frames = np.zeros((1 if name.endswith("png") else 3, 16, 16, 3), np.uint8)
+    write_video(tmp_path / name, frames, 16, {"seed": 1})
+    assert (tmp_path / name).read_bytes().startswith(begin)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"seed": 1}
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a", "a.webm", "a.mov", "a.png"])
+def test_what_cannot_be_written_is_refused(name: str, tmp_path: pathlib.Path):
+    with pytest.raises(UserError, match=r"give a name in \.mp4"):
+        write_video(tmp_path / name, np.zeros((2, 16, 16, 3), np.uint8), 16)
+    assert not list(tmp_path.iterdir())

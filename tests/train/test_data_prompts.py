@@ -117,20 +117,24 @@ def test_prompts_are_read_line_by_line(tmp_path: pathlib.Path):
     assert read_prompts(file) == (["no newline at the end"], [])
 
 
-def test_blank_lines_are_named_or_skipped(tmp_path: pathlib.Path):
+def test_blank_lines_and_comments_are_skipped_and_json_lines_are_read(tmp_path: pathlib.Path):
     file = tmp_path / "prompts.txt"
-    file.write_text("a\n\nb\n  \n\n")
-    with pytest.raises(UserError, match=r"line 2, line 4, line 5 are blank.*--skip-blank"):
+    file.write_text("a\n\n# not this\nb\n  \n\n")
+    assert read_prompts(file) == (["a", "b"], [])
+    file.write_text('{"prompt": "a", "seed": 1}\n\n{"prompt": "b", "output": "b.mp4"}\n')
+    assert read_prompts(file) == (["a", "b"], ["output, seed of its lines are for videos and are left out"])
+    file.write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    with pytest.raises(UserError, match=r"line 2 is blank.*--skip-blank"):
         read_prompts(file)
-    assert read_prompts(file, skip_blank=True) == (["a", "b"], ["3 blank lines left out (line 2, line 4, line 5)"])
+    assert read_prompts(file, skip_blank=True) == (["a"], ["1 blank prompts left out (line 2)"])
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (None, "does not exist"),
-        (b"", "holds no prompts"),
-        (b"\n \n", "holds no prompts"),
+        (b"", "has no prompt in it"),
+        (b"\n \n", "has no prompt in it"),
         (b"fine\ncaf\xe9\n", "line 2 is not UTF-8"),
     ],
 )
@@ -164,9 +168,9 @@ def test_the_command_makes_a_cache_and_check_finds_damage(tmp_path: pathlib.Path
     capsys.readouterr()
     assert main(["check", str(out)]) == 1
     assert re.search(rf"broken: .*{shard.name}.*SHA-256 differs", capsys.readouterr().out)
-    file.write_text("a\n\nb")
+    file.write_text("# none\n\n")
     assert main([*command[:2], str(tmp_path / "new"), *command[3:]]) == 2
-    assert "line 2 is blank" in capsys.readouterr().err
+    assert "has no prompt in it" in capsys.readouterr().err
 
 
 def test_mistakes_on_the_command_line_are_sentences(tmp_path: pathlib.Path, capsys):

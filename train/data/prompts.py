@@ -15,6 +15,8 @@ from jaxtyping import Float
 
 from x2v_jax import shipped
 from x2v_jax.errors import UserError
+from x2v_jax.request.prompt_file import STDIN, unused_fields
+from x2v_jax.request.prompt_file import read_prompts as read_prompt_file
 
 from .cache import Cache, CacheWriter
 from .cache_format import DTYPES, Plan, TensorSpec, fingerprint, require_same, rows_for
@@ -205,11 +207,12 @@ class _Encoder:
 
 
 def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) -> tuple[list[str], list[str]]:
-    """Prompts of a text file (UTF-8, one a line), of a folder of .txt files (one a file, by name), or the captions of
-    a cache of videos or images.
+    """Prompts of a file by the rule of `request.prompt_file`, of a folder of .txt files (one a file, by name), or the
+    captions of a cache of videos or images.
 
     Args:
-        skip_blank: leave out blank lines instead of refusing them.
+        source: "-" for the standard input.
+        skip_blank: leave out blank files and captions instead of refusing them.
 
     Returns:
         The prompts, and notes for the user: on what was left out, and on prompts that occur more than once.
@@ -218,8 +221,9 @@ def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) ->
         UserError: no such file, nothing in it, text that is not UTF-8, blank lines; with the line's number.
     """
     path = pathlib.Path(source)
-    if not path.exists():
+    if not path.exists() and os.fspath(source) != STDIN:
         raise UserError(f"prompts file {str(path)!r} does not exist; give a text file with one prompt a line")
+    left_out: list[str] = []
     if (path / "index.json").is_file():
         items = Cache.open(path, _kind_with_captions(path)).items
         entries = [(f"row {row}", str(item["text"])) for row, item in enumerate(items)]
@@ -230,9 +234,10 @@ def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) ->
                 f"{path} holds no .txt files; give a file with one prompt a line, or a folder of such files"
             )
     else:
-        lines = _text(path).split("\n")
-        entries = [(f"line {number}", line) for number, line in enumerate(lines, 1)]
-        entries = entries[:-1] if not lines[-1] else entries  # what follows the last newline is no line
+        prompts = read_prompt_file(source, "prompts")
+        entries = [(prompt.where.rpartition(", ")[2], prompt.text) for prompt in prompts]
+        if unused := unused_fields(prompts):
+            left_out = [f"{', '.join(unused)} of its lines are for videos and are left out"]
     blank = [where for where, text in entries if not text.strip()]
     if len(blank) == len(entries):
         raise UserError(f"{path} holds no prompts; write one a line")
@@ -242,8 +247,8 @@ def read_prompts(source: str | os.PathLike[str], *, skip_blank: bool = False) ->
             "model on nothing; remove them or give --skip-blank"
         )
     kept = [(where, text.strip()) for where, text in entries if text.strip()]
-    notes = [f"{len(blank)} blank lines left out ({_some(blank)})"] if blank else []
-    return [text for _, text in kept], notes + _duplicates(kept)
+    notes = [f"{len(blank)} blank prompts left out ({_some(blank)})"] if blank else []
+    return [text for _, text in kept], left_out + notes + _duplicates(kept)
 
 
 def _kind_with_captions(path: pathlib.Path) -> str:

@@ -40,12 +40,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _add_prompts(commands: Any) -> None:
     prompts = commands.add_parser("prompts", help="encode prompts with a checkpoint's text encoder")
-    _add_places(prompts, "text file with one prompt a line, folder of .txt files, or a cache of videos or images")
+    _add_places(prompts, "file of prompts, a line each or JSONL (- for stdin), folder of .txt files, or a cache")
     prompts.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the checkpoint's)")
     prompts.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is stored")
     _add_compute(prompts)
     prompts.add_argument("--batch", type=_count, default=16, metavar="N", help="prompts encoded together (16)")
-    prompts.add_argument("--skip-blank", action="store_true", help="leave out blank lines")
+    prompts.add_argument("--skip-blank", action="store_true", help="leave out blank files and captions")
 
 
 def _add_videos(commands: Any) -> None:

@@ -106,7 +106,7 @@ def _config_files(typed: str) -> list[str]:
     with contextlib.suppress(OSError):
         before = typed[: typed.rfind("/") + 1]
         own = [f"{before}{p.name}" + ("/" if p.is_dir() else "") for p in here.iterdir() if not p.name.startswith(".")]
-    return [*shipped_configs(), "configs/lightx2v.py:", *(file for file in own if file.endswith((".py", "/")))]
+    return [*shipped_configs(), "configs/lightx2v.py:", *(file for file in own if file.endswith((".py", ".json", "/")))]
 
 
 def _keys(parts: Sequence[str], default: str) -> list[str]:

@@ -127,6 +127,8 @@ def set_key(config: ml_collections.ConfigDict, name: str, value: object) -> None
     wanted = holder.get_type(last)
     if wanted is tuple and isinstance(value, list):
         value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if wanted is tuple and isinstance(value, str | dict):
+        value = (value,)  # one entry, where several could be
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     mixed_up = isinstance(value, bool) and wanted is not bool  # bool is an int to isinstance
@@ -163,14 +165,17 @@ def parse_value(config: ml_collections.ConfigDict, name: str, text: str) -> obje
     return _parse_tuple(text)
 
 
-def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key]) -> str:
-    """What --help prints."""
+def help_text(usage: str, options: Mapping[str, Option], keys: Iterable[Key], config_file: str = "") -> str:
+    """What --help prints. config_file: the one that is run without --config, whose values are the defaults."""
+    values = load_config(config_file, typed=False) if config_file else {}
     lines = [usage.rstrip(), "", "options:"]
     for name, option in options.items():
         lines.append(f"  --{name}{'=' + option.value if option.value else '':<{22 - len(name)}} {option.help}")
     for i, key in enumerate(keys):
-        lines += [] if i else ["", "keys (--config.KEY=VALUE):"]
-        default = "" if isinstance(key.default, type) else f" [{key.default}]"
+        of = f", in brackets as {config_file} has them" if config_file else ""
+        lines += [] if i else ["", f"keys (--config.KEY=VALUE){of}:"]
+        value = values.get(key.name, None if isinstance(key.default, type) else key.default)
+        default = "" if value is None else f" [{value}]"
         lines.append(f"  {key.name:<22} {key.help}{default}")
     return "\n".join(lines)
 
@@ -202,6 +207,8 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
             value = ast.literal_eval(candidate)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
+        if isinstance(value, dict):
+            return (value,)
         if isinstance(value, list | tuple):
             return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     return tuple(part.strip() for part in text.split(","))  # bare words, such as file names

@@ -137,7 +137,7 @@ def read_json(path: str) -> dict[str, Any]:
     if not path:
         raise UserError("configs/lightx2v.py needs the JSON file: write --config=configs/lightx2v.py:FILE.json")
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give the path of LightX2V's JSON file") from None
     except UnicodeDecodeError:
@@ -148,6 +148,8 @@ def read_json(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}; mend it there") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}; LightX2V's files hold an object {{…}}")
+    if values.get("program") == "x2v-jax":
+        raise UserError(f"{path} holds the settings of a video and is no config; write --rerun {path}")
     return values
 
 

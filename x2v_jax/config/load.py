@@ -20,13 +20,15 @@ def load_config(spec: str, *, typed: bool = True) -> ml_collections.ConfigDict:
     """The locked config that `FILE.py[:ARGUMENT]` gives: its get_config() or get_config(ARGUMENT).
 
     Args:
-        spec: the file and what its get_config takes.
+        spec: the file and what its get_config takes; or LightX2V's JSON file.
         typed: whether a user wrote it: then FILE is looked for in the working directory first, and only then among the
             shipped ones.
 
     Raises:
         UserError: no such file, it cannot be run, or it gives no config.
     """
+    if is_json(spec):  # LightX2V's own settings: its reader is shipped
+        return load_config(f"configs/lightx2v.py:{spec}", typed=False)
     name, argument = split(spec)
     path = shipped.find(name, typed=typed)
     if not path.is_file():
@@ -61,10 +63,25 @@ def split(spec: str) -> tuple[str, str | None]:
     return name.removesuffix(".py") + ".py", argument if colon else None
 
 
+def is_json(spec: str) -> bool:
+    """Whether a config that the user named is a JSON file and no Python file, as LightX2V's are.
+
+    >>> is_json("wan_t2v.json"), is_json("configs/lightx2v.py:wan_t2v.json"), is_json("configs/shapes/t2v")
+    (True, False, False)
+    """
+    name, argument = split(spec)
+    if argument is not None or spec.endswith(".py"):
+        return False
+    path = pathlib.Path(spec).expanduser()
+    return path.suffix.lower() == ".json" or (path.is_file() and not shipped.find(name).is_file())
+
+
 def is_shipped(spec: str) -> bool:
     """Whether a config that the user named comes from a shipped file alone, without an argument of the user's."""
     name, argument = split(spec)
-    return argument is None and shipped.find(name).resolve().is_relative_to(shipped.ROOT / "configs")
+    return (
+        argument is None and not is_json(spec) and shipped.find(name).resolve().is_relative_to(shipped.ROOT / "configs")
+    )
 
 
 def shipped_configs() -> list[str]:

@@ -8,11 +8,20 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 # First fold: what the noise is for. The kinds of draw can then never meet, whatever step and block are.
 _INITIAL, _STEP, _BLOCK = 0, 1, 2
+
+
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed of up to 64 bits: for one of 32 bits jax's own, which takes no more."""
+    key = jax.random.key(np.uint32(seed & 0xFFFFFFFF))
+    for word in (seed >> 32, 0xFFFFFFFF) if seed >> 32 else ():  # the second, since no draw below has such a number
+        key = jax.random.fold_in(key, np.uint32(word))
+    return key
 
 
 def initial_noise(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "..."]:

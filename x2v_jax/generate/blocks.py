@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from x2v_jax.diffusion.noise import seed_key
 from x2v_jax.diffusion.rollout import ChangeFn, NoiseFn, RenoiseFn, Rollout, draw_between, draw_initial, keyed_noise
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.errors import UserError
@@ -243,6 +244,19 @@ class _Watch:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+def in_context(
+    start: Callable[[], Generator[Block]], context: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Generator[Block]:
+    """The blocks of `start()`. The context holds while it works and not while its caller does."""
+    with contextlib.closing(start()) as blocks:
+        while True:
+            with context():
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
+
+
 def collect(
     blocks: Generator[Block], inputs: BlockInputs, on_block: Callable[[int, int, Array], None] | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
@@ -266,7 +280,7 @@ def collect(
 
 def _noises(request: ResolvedRequest, inputs: BlockInputs) -> tuple[NoiseFn, RenoiseFn]:
     """Noise by the block's number in the rollout. The seed's noise goes on where that of the earlier video ended."""
-    initial, between = keyed_noise(jax.random.key(request.seed))
+    initial, between = keyed_noise(seed_key(request.seed))
     given = inputs.blocks_of(inputs.given)
     ahead = 0 if inputs.earlier is None else inputs.earlier.num_blocks - given
     file = inputs.noise

@@ -6,7 +6,6 @@ from typing import Any, Literal, overload
 
 import jax
 
-from x2v_jax.checkpoint.lora.arguments import Lora
 from x2v_jax.checkpoint.native.reader import NativeCheckpoint
 from x2v_jax.errors import UserError
 from x2v_jax.generate.blocks import BlockStreamer
@@ -24,13 +23,13 @@ class Components:
     """What one checkpoint's videos are made with.
 
     Args:
-        loras: merged into the transformer when it is loaded.
+        loras: files and strengths, merged into the transformer when it is loaded.
 
     Raises:
         UserError: the checkpoint is damaged, a LoRA does not fit it, or the device cannot run what the options name.
     """
 
-    def __init__(self, checkpoint: NativeCheckpoint, options: RunOptions, loras: Sequence[Lora]):
+    def __init__(self, checkpoint: NativeCheckpoint, options: RunOptions, loras: Sequence[tuple[str, float]]):
         self.checkpoint = checkpoint
         self.options = options
         kinds = {checkpoint.quantization(name) for name in checkpoint.components if name != "tokenizer"} - {None}

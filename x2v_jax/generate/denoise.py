@@ -2,7 +2,8 @@
 
 Without a callback the whole sampling is one compiled program. The few steps of a distilled model are unrolled in it, as
 so many calls of one function, or on request a scan over them; UniPC's many steps are a scan. With a callback the same
-step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps.
+step is compiled alone and called in a loop, so that somebody can watch, preview and cancel between steps. Nothing is
+fused over the ends of a step (`_alone`), so that the last digit is the same in all of these.
 
 Whether the latents are finite is worked out on the device beside each step, and read when the host waits anyway: after
 the whole program, or where the loop hands a step's latents out.
@@ -70,11 +71,15 @@ class Denoiser:
         self._unipc_step = jax.jit(self._unipc_step_fn, donate_argnums=(2,))
         self._unipc_all = jax.jit(self._unipc_all_fn, donate_argnums=(2,))
         self._draw = jax.jit(_draw, static_argnames="shape")
+        self._draw_keyed = jax.jit(noise.initial_noise, static_argnames="shape")
         self._step_noise = jax.jit(noise.step_noise, static_argnames="shape")
 
     def draw(self, seed: int, shape: tuple[int, ...]) -> tuple[Latents, Key[Array, ""]]:
         """A request's initial noise [1, f, h, w, C], and its key."""
-        return self._draw(np.uint32(seed), shape=shape)
+        if seed < 1 << 32:
+            return self._draw(np.uint32(seed), shape=shape)
+        key = noise.seed_key(seed)
+        return self._draw_keyed(key, shape=shape), key
 
     def sample(
         self,
@@ -114,9 +119,10 @@ class Denoiser:
         latents = jnp.asarray(initial)
         one = functools.partial(self._distill_step, params, conditions)
         steps = step_distill.steps(one, latents, sigmas, lambda i: self._noise_after(renoise, i, initial.shape))
+        told = []
         for i, (latents, finite) in enumerate(steps):
-            _hand_out(i, len(sigmas), latents, finite, on_step)
-        return latents
+            told.append(_hand_out(i, len(sigmas), latents, finite, on_step))
+        return _checked(latents, told)
 
     def sample_unipc(
         self,
@@ -129,11 +135,11 @@ class Denoiser:
         """UniPC with the coefficients of `table`. `initial` is donated; the rest as in `sample_step_distill`."""
         if on_step is None:
             return _checked(*self._unipc_all(params, conditions, initial, table))
-        state, count = self._unipc_start(initial), len(table.sigma)
+        state, count, told = self._unipc_start(initial), len(table.sigma), []
         for i in range(count):
             state, finite = self._unipc_step(params, conditions, state, unipc.coefficients_at(table, i))
-            _hand_out(i, count, state.latents, finite, on_step)
-        return state.latents
+            told.append(_hand_out(i, count, state.latents, finite, on_step))
+        return _checked(state.latents, told)
 
     def programs(
         self,
@@ -179,9 +185,10 @@ class Denoiser:
     def _distill_step_fn(
         self, params: object, conditions: Conditions, latents: Array, sigma: Array, following: Array, added: Array
     ) -> tuple[Array, Array]:
+        latents, sigma, following, added = _alone((latents, sigma, following, added))
         velocity_fn = functools.partial(self._velocity, params, conditions)
         latents = step_distill.evaluate(velocity_fn, latents, sigma, following, added)
-        return latents, _is_finite(latents)
+        return _alone((latents, _is_finite(latents)))
 
     def _distill_all_fn(
         self, params: Any, conditions: Conditions, initial: Array, renoise: Any, sigmas: Array
@@ -201,8 +208,9 @@ class Denoiser:
     def _unipc_step_fn(
         self, params: object, conditions: Conditions, state: unipc.UniPCState, c: unipc.Coefficients
     ) -> tuple[unipc.UniPCState, Array]:
+        state, c = _alone((state, c))
         state = unipc.step(state, self._velocity(params, conditions, state.latents, c.timestep), c)
-        return state, _is_finite(state.latents)
+        return _alone((state, _is_finite(state.latents)))
 
     def _unipc_all_fn(
         self, params: object, conditions: Conditions, initial: Array, table: unipc.Coefficients
@@ -244,19 +252,28 @@ def _draw(seed: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     return noise.initial_noise(key, shape), key
 
 
+def _alone[T](values: T) -> T:
+    """The same values; the compiler moves and fuses nothing past this point of a program."""
+    return jax.lax.optimization_barrier(values)
+
+
 def _is_finite(latents: Array) -> Array:
     return jnp.isfinite(latents).all()
 
 
-def _hand_out(step: int, count: int, latents: Array, finite: Array, on_step: OnStep) -> None:
+def _hand_out(step: int, count: int, latents: Array, finite: Array, on_step: OnStep | None) -> Array:
+    """Waits for a step and shows it, where somebody watches. Returns `finite`, to be looked at in the end."""
+    if on_step is None:
+        return finite
     latents = jax.block_until_ready(latents)
     if not finite:  # it is there with the latents: reading it waits for nothing
         raise NotFinite(step, count)
     on_step(step, count, latents)
+    return finite
 
 
-def _checked(latents: Array, finite: Array) -> Array:
-    if isinstance(finite, Tracer):  # part of a larger program: nothing can be read yet
+def _checked(latents: Array, finite: Array | list[Array]) -> Array:
+    if isinstance(latents, Tracer):  # part of a larger program: nothing can be read yet
         return latents
     good = np.asarray(finite)  # waits for the whole sampling, as its clock does anyway
     if not good.all():

@@ -10,7 +10,6 @@ from flax import nnx
 
 from x2v_jax.checkpoint.files.lazy_tensor import LazyTensor
 from x2v_jax.checkpoint.lora import merge
-from x2v_jax.checkpoint.lora.arguments import Lora, lora_pair
 from x2v_jax.checkpoint.names import wan
 from x2v_jax.checkpoint.names.smoothing import is_smoothed
 from x2v_jax.checkpoint.native.load import load_tensors
@@ -156,7 +155,7 @@ class Network[C: Config]:
 
 def describe_networks(
     checkpoint: NativeCheckpoint,
-    loras: Sequence[Lora],
+    loras: Sequence[tuple[str, float]],
     *,
     dtype: str,
     vae_dtype: str = "float32",
@@ -179,7 +178,7 @@ def describe_networks(
     for name in filter(checkpoint.has, COMPONENTS):
         tensors = checkpoint.tensors(name)
         if name == "transformer" and loras:
-            files = [(merge.LoraFile.open(path), strength) for path, strength in map(lora_pair, loras)]
+            files = [(merge.LoraFile.open(path), strength) for path, strength in loras]
             rows = wan.table(name, checkpoint.config(name))
             tensors, report = merge.merge_into_native(tensors, files, rows, allow_partial)
         on_host = offload == "blocks" and name == "transformer"

@@ -11,6 +11,7 @@ program from.
 import atexit
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -54,6 +55,9 @@ def compile_all(
         program.function.lower(*program.arguments, **(program.static or {})).compile()
         yield program.name, time.perf_counter() - begin
 
+
+DEFAULT_CACHE = "~/.cache/x2v_jax"
+_log = logging.getLogger(__name__)
 
 FORMAT = "x2v-jax compiled programs"
 _MANIFEST = "manifest.json"
@@ -170,6 +174,18 @@ def use_cache(folder: str | os.PathLike[str], *, everything: bool = False) -> pa
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if everything else 0.1)
     return path
+
+
+def start_cache(folder: str | None) -> None:
+    """The compilation cache of a new pipeline, of which each process has one: see `generate.call.StartOptions`."""
+    import jax
+
+    if folder == "" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if folder is None and jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    path = use_cache(DEFAULT_CACHE if folder is None else folder)
+    _log.info("compiled programs are kept in %s; compilation_cache='' turns that off", path)
 
 
 def fresh_cache() -> pathlib.Path:

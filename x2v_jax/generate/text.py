@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.generate.tokenizer import Tokenizer
 from x2v_jax.models.config import Umt5Config
+from x2v_jax.request.resolve import ResolvedRequest
 
 Embedding = Float[np.ndarray, "l d"]
 # At full size a whole embedding is 8 MB; kept without its padding, a usual prompt is 1 MB.
@@ -83,6 +84,19 @@ class PromptEncoder:
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
+
+
+def texts(request: ResolvedRequest, encoder: Callable[[], PromptEncoder], clock: Clock) -> list[Embedding]:
+    """Embeddings of a request's prompts, encoded or from its file. encoder: asked for where there is one to encode."""
+    given = request.inputs.text()
+    if not given:
+        return encoder()(request.prompts, clock)
+    if not request.uses_guidance:
+        return [given["text"]]
+    negative = given.get("negative_text")
+    if negative is None:
+        negative = encoder()(request.prompts[:1], clock)[0]
+    return [negative, given["text"]]
 
 
 def _warn_if_cut(tokenizer: Tokenizer, prompt: str) -> None:

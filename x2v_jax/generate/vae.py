@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
+from x2v_jax.generate.clock import Clock
 from x2v_jax.generate.network import Network
 from x2v_jax.generate.programs import Program
 from x2v_jax.media.pixels import to_uint8
@@ -63,6 +64,13 @@ class VaeRunner:
             stride = self.network.config.spatial_stride
             return to_uint8(decode_tiled(decode_tile, np.asarray(latents), stride=stride))[0]
         return np.asarray((self._decode if method == "whole" else self._decode_stream)(params, latents))[0]
+
+    def timed(self, latents: Float[Array, "1 f h w c"], clock: Clock) -> UInt8[np.ndarray, "F H W 3"]:
+        """`decode`, with the time of loading and of decoding apart."""
+        with clock("load"):
+            self.network.load()
+        with clock("vae"):
+            return self.decode(latents)
 
     def decode_method(self, latents: Sequence[int]) -> str:
         """How latents of (frames, height, width) are decoded."""

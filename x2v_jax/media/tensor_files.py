@@ -46,6 +46,23 @@ def read_noise(path: Path, shape: Sequence[int], num_steps: int | None) -> tuple
     return _channels_last(noise), _channels_last(renoise)
 
 
+def checked_noise(noise: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Noise [C, F, H, W] of a caller as float32 [F, H, W, C].
+
+    Args:
+        shape: [F, H, W, C] of the latents.
+
+    Raises:
+        UserError: another shape, or values that are not finite.
+    """
+    wanted = (shape[-1], *shape[:-1])
+    if noise.shape != wanted:
+        raise UserError(f"initial_noise (latents) is {list(noise.shape)}; this video starts from {list(wanted)}")
+    if noise.dtype.kind != "f" or not np.isfinite(noise).all():
+        raise UserError("initial_noise (latents) holds NaN, infinity or no floats; give standard normal noise")
+    return _channels_last(noise.astype(np.float32))
+
+
 class BlockNoise:
     """The noise of a block-by-block video from a file, read block by block.
 

@@ -82,19 +82,58 @@ def frame_rate(fps: float) -> fractions.Fraction:
     return fractions.Fraction(fps).limit_denominator(1001)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, object] | None = None) -> None:
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    fps: float,
+    metadata: Mapping[str, object] | None = None,
+    *,
+    beside: Mapping[str, object] | None = None,
+) -> None:
     """Writes `encode_video`'s bytes, and with metadata the same JSON beside it (NAME.mp4 -> NAME.json).
 
-    Missing folders are made; existing files are replaced.
+    The suffix says what the file is: .mp4 (or .m4v), .gif, .webp, or of a single frame .png; only an mp4 carries
+    metadata itself. Missing folders are made; existing files are replaced.
+
+    Args:
+        beside: another JSON for the file beside it than what the video itself carries.
 
     Raises:
-        UserError: bad frames, or the file cannot be written (nothing is left half-written).
+        UserError: bad frames, another suffix, or the file cannot be written (nothing is left half-written).
     """
     path = pathlib.Path(path)
-    contents = {path: encode_video(frames, fps, metadata)}
-    if metadata is not None:
-        contents |= settings_file(path, metadata)
+    contents = {path: _file(path, frames, fps, metadata)}
+    if (settings := metadata if beside is None else beside) is not None:
+        contents |= settings_file(path, settings)
     write_files(contents)
+
+
+def _file(path: pathlib.Path, frames: np.ndarray, fps: float, metadata: Mapping[str, object] | None) -> bytes:
+    suffix = path.suffix.lower()
+    if suffix in (".mp4", ".m4v"):
+        return encode_video(frames, fps, metadata)
+    if suffix == ".gif":
+        return _gif(frames, fps)
+    if suffix == ".webp":
+        return _webp(frames, fps)
+    if suffix == ".png" and frames.ndim == 4 and len(frames) == 1:
+        _check(frames, fps, stride=1)
+        return _encoded(frames[0], 1, ".png", optimize=True)
+    if suffix == ".png":
+        raise UserError(f"{str(path)!r} is one picture, and there are {len(frames)} frames; give a name in .mp4")
+    raise UserError(f"{str(path)!r} is no kind of file that can be written; give a name in .mp4, .gif or .webp")
+
+
+def _gif(frames: np.ndarray, fps: float, scale: int = 1) -> bytes:
+    _check(frames, fps, stride=1)
+    duration = max(20, round(100 / fps) * 10)
+    # 64 colours a frame, without dither, which would flicker.
+    return _encoded(frames, scale, ".gif", bits=6, duration=duration, loop=0, optimize=True)
+
+
+def _webp(frames: np.ndarray, fps: float, scale: int = 1) -> bytes:
+    _check(frames, fps, stride=1)
+    return _encoded(frames, scale, ".webp", duration=round(1000 / fps), loop=0, lossless=True)
 
 
 def settings_file(path: Path, metadata: Mapping[str, object]) -> dict[pathlib.Path, bytes]:
@@ -137,18 +176,12 @@ def read_frames(path: Path) -> np.ndarray:
 
 def write_gif(path: Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """A looping GIF for documents; `scale` repeats pixels. GIF counts hundredths of a second, so fps is rounded."""
-    _check(frames, fps)
-    duration = max(20, round(100 / fps) * 10)
-    # 64 colours a frame, without dither, which would flicker.
-    data = _encoded(frames, scale, ".gif", bits=6, duration=duration, loop=0, optimize=True)
-    write_files({pathlib.Path(path): data})
+    write_files({pathlib.Path(path): _gif(frames, fps, scale)})
 
 
 def write_webp(path: Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """A looping WebP without loss, for documents; `scale` repeats pixels. Frames last whole milliseconds."""
-    _check(frames, fps)
-    data = _encoded(frames, scale, ".webp", duration=round(1000 / fps), loop=0, lossless=True)
-    write_files({pathlib.Path(path): data})
+    write_files({pathlib.Path(path): _webp(frames, fps, scale)})
 
 
 def write_png(path: Path, image: np.ndarray, scale: int = 1) -> None:
@@ -185,10 +218,11 @@ def _json(metadata: Mapping[str, object], indent: int | None = None) -> str:
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _check(frames: np.ndarray, fps: float) -> None:
+def _check(frames: np.ndarray, fps: float, stride: int = 2) -> None:
+    """stride: what height and width have to be multiples of."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise UserError(f"frames are {frames.dtype} {list(frames.shape)}; give uint8 [F, H, W, 3] with F at least 1")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
+    if frames.shape[1] % stride or frames.shape[2] % stride:
         raise UserError(f"frames are {frames.shape[1]}x{frames.shape[2]}; H.264 needs an even height and width")
     if not 0 < fps <= 1000:
         raise UserError(f"fps is {fps}; give a number above 0 and at most 1000")

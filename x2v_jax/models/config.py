@@ -36,6 +36,17 @@ class _FromDict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+# Negative prompts that may be given by name. wan: what Wan2.1's own scripts put against the prompt when guidance is on
+# and the user gives nothing.
+NEGATIVE_PROMPTS = {
+    "wan": (
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+        "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+        "杂乱的背景，三条腿，背景人很多，倒着走"
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class WanConfig(_FromDict):
     """Wan2.1 diffusion transformer (names as in the official config.json)."""

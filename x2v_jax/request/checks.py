@@ -15,8 +15,8 @@ from x2v_jax.request.request import Model, Request
 
 # Positions per axis for which the published models have rotary angles.
 _MAX_POSITIONS = 1024
-# jax.random.key takes 32 bits: seeds that differ by 2^32 would give the same video.
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1
+SIZE_RULES = ("published", "exact")
 KV_CACHES = ("bfloat16", "float32", "int8", "int8_e4m3")
 _MOST = 1 << 20
 # Field -> smallest and largest whole number, or number; of every model, and of those that work block by block.
@@ -41,6 +41,8 @@ def field_problems(request: Request) -> list[str]:
     """Types and ranges that hold for every model."""
     values: dict[str, object] = {name: getattr(request, name) for name in request.field_names()}
     problems: list[str] = []
+    if request.size_rule not in SIZE_RULES:
+        problems.append(f"size_rule is {request.size_rule!r}; give {' or '.join(SIZE_RULES)}")
     for name, (least, most) in _WHOLE.items():
         problems += _whole_problems(name, values[name], least, most)
     for name, (low, high) in _REAL.items():
@@ -175,7 +177,7 @@ def schedule_problems(request: Request, schedule: Schedule, has_loras: bool) -> 
     return problems
 
 
-def task_problems(request: Request, model: Model) -> list[str]:
+def task_problems(request: Request, model: Model, allow_mismatch: bool = False) -> list[str]:
     problems: list[str] = []
     causal = model.schedule.causal is not None
     if model.variant in ("causvid", "self_forcing") and not causal:
@@ -195,7 +197,9 @@ def task_problems(request: Request, model: Model) -> list[str]:
         problems.append("pin_first_frame is set, but this is a text-to-video checkpoint without an image; leave it out")
     problems += channel_problems(model)
     steps, count = request.denoising_step_list, request.num_inference_steps
-    if steps is not None and count is not None and count != len(steps):
+    # Where the list is the checkpoint's own, `schedule_problems` has said it.
+    is_own = steps is not None and tuple(steps) == model.schedule.denoising_step_list
+    if steps is not None and count is not None and count != len(steps) and (not is_own or allow_mismatch):
         problems.append(
             f"num_inference_steps is {count}, but denoising_step_list has {len(steps)} entries; leave the number out"
         )
@@ -221,7 +225,7 @@ def channel_problems(model: Model) -> list[str]:
     ]
 
 
-def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[str]:
+def size_problems(size: tuple[int, int], num_frames: int, model: Model, size_rule: str = "published") -> list[str]:
     """Height, width and frame count that the strides of the VAE and the patches allow.
 
     Args:
@@ -233,7 +237,7 @@ def size_problems(size: tuple[int, int], num_frames: int, model: Model) -> list[
     for name, value, pixels in zip(("height", "width"), size, patch[1:], strict=True):
         step = vae.spatial_stride * pixels
         # The image gives an image-to-video clip its shape, so there only the product of the two matters.
-        fits = model.task == "i2v" or value % step == 0
+        fits = (model.task == "i2v" and size_rule == "published") or value % step == 0
         problems += _multiple_problem(name, value, step, 0, fits and value >= step, f"multiples of {step}")
     if model.schedule.causal is not None:  # whole blocks: `request.causal` says which
         return problems

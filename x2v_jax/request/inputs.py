@@ -10,8 +10,9 @@ from jaxtyping import Float, UInt8
 
 from x2v_jax.diffusion import image_condition
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
+from x2v_jax.errors import UserError
 from x2v_jax.media.image import load_image
-from x2v_jax.media.tensor_files import BlockNoise, read_noise, read_text_embeddings
+from x2v_jax.media.tensor_files import BlockNoise, checked_noise, read_noise, read_text_embeddings
 from x2v_jax.request import earlier_video
 from x2v_jax.request.request import File, Model, Request
 
@@ -93,7 +94,7 @@ class Inputs:
 
     def __init__(self, request: Request, size: tuple[int, int], model: Model, files: InputFiles, allow_mismatch: bool):
         self._image, self._text, self._noise = request.image, request.text_embeddings, request.initial_noise
-        self._earlier = request.continue_from
+        self._earlier, self._is_exact = request.continue_from, request.size_rule == "exact"
         self._size, self._model, self._files, self._allow_mismatch = size, model, files, allow_mismatch
 
     @property
@@ -109,11 +110,14 @@ class Inputs:
         return "video" if is_video else ""
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
-        """The image as it is.
+        """The image as it is, or where the size is to be exact, cut to that.
 
         Raises:
             UserError: it cannot be read.
         """
+        return self._fitted() if self._is_exact and self._model.task == "i2v" else self._opened()
+
+    def _opened(self) -> UInt8[np.ndarray, "H W 3"]:
         if isinstance(self._image, str | os.PathLike):
             path = self._image
             return self._files.once(path, "picture", lambda: load_image(path))
@@ -127,7 +131,7 @@ class Inputs:
         """
         height, width = self._size
         stride = self._model.config("vae").spatial_stride
-        if self._model.task != "i2v":
+        if self._model.task != "i2v" or self._is_exact:
             return height // stride, width // stride
         rows, columns, _ = self.picture().shape
         patch_size = self._model.config("transformer").patch_size
@@ -148,6 +152,8 @@ class Inputs:
         path = self._noise
         if path is None:
             return None
+        if isinstance(path, np.ndarray):
+            return checked_noise(path, shape), None
         return self._files.once(path, ("noise", shape, num_steps), lambda: read_noise(path, shape, num_steps))
 
     def blocks(self, plan: RolloutPlan, latent_frames: int) -> BlockInputs:
@@ -177,6 +183,8 @@ class Inputs:
             plan, (rows, columns), picture, earlier, given, given + new if latent_frames else None, None, header
         )
         path, count = self._noise, inputs.num_blocks
+        if isinstance(path, np.ndarray):
+            raise UserError("initial_noise is an array; a video that is made block by block takes a file of noise")
         if path is None or count is None:
             return inputs
         shape = (plan.block, rows, columns, vae.z_dim)
@@ -187,8 +195,8 @@ class Inputs:
     def _fitted(self) -> UInt8[np.ndarray, "H W 3"]:
         height, width = self._size
         if isinstance(self._image, str | os.PathLike):
-            return self._files.once(self._image, ("fitted", height, width), lambda: fit(self.picture(), height, width))
-        return fit(self.picture(), height, width)
+            return self._files.once(self._image, ("fitted", height, width), lambda: fit(self._opened(), height, width))
+        return fit(self._opened(), height, width)
 
     def _opened_earlier(self, path: File, plan: RolloutPlan, header: dict[str, str]) -> earlier_video.EarlierVideo:
         form = ("earlier", plan, tuple(header.items()), self._allow_mismatch)

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from x2v_jax.diffusion.schedules import Loop
 from x2v_jax.errors import UserError, did_you_mean, is_number
 from x2v_jax.ops.choice import CHOICES, OpChoice
+from x2v_jax.request.diffusers_names import OPTIONS
 
 DTYPES = ("bfloat16", "float32")
 OFFLOADS = ("none", "blocks")
@@ -34,8 +35,8 @@ class RunOptions:
     vae_decode: "auto", "whole", "stream" or "tiled"; see `generate.vae.VaeRunner`.
     keep_encoders: leave text and image encoders on the device while denoising.
     sequential_guidance: conditional and unconditional pass one after the other: slower, less memory.
-    denoising_loop: without an on_step, the steps of a distilled model are one program, in which they are "unrolled"
-        (lists of up to 16) or a "scan". The videos are the same up to rounding.
+    denoising_loop: without anybody who watches, the steps of a distilled model are one program, in which they are
+        "unrolled" (lists of up to 16) or a "scan". The video is the same to the last digit, watched or not.
     offload: "none", or "blocks": the transformer's blocks stay in the host's memory, and each is brought to the device
         while the one before it is at work.
     memory_limit: GB (10^9 bytes) of the device's memory that a video may take by prediction; None: no limit. A request
@@ -77,7 +78,7 @@ class RunOptions:
         known = cls.names()
         for name in values:
             if name not in known:
-                advice = did_you_mean(name, known, f"known are {', '.join(known)}")
+                advice = OPTIONS.get(name) or did_you_mean(name, known, f"known are {', '.join(known)}")
                 raise UserError(f"unknown option {name!r}; {advice}")
         named = {name: _name(value) if name.endswith("dtype") else value for name, value in values.items()}
         return cls(**named)  # type: ignore[arg-type]  # __post_init__ checks what they are

@@ -13,6 +13,7 @@ import numpy as np
 
 from x2v_jax.errors import UserError, did_you_mean
 from x2v_jax.models.config import Schedule, VaeConfig, WanConfig
+from x2v_jax.request.diffusers_names import FIELDS
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -47,7 +48,8 @@ class Request:
     """What one video is asked for. None: as the checkpoint says.
 
     prompt: what the video shows.
-    negative_prompt: what it should not show; it counts with guidance only.
+    negative_prompt: what it should not show, or "wan" for the text of Wan2.1's own scripts; it counts with guidance
+        only.
     image: a path, a PIL image or uint8 [H, W, 3]: the first frame. Image-to-video takes its shape, at height x width
         pixels in all (Wan's rule). Block by block it is scaled to fill height x width, and what sticks out is cut off.
     height, width: in pixels.
@@ -60,11 +62,15 @@ class Request:
         distillation LoRA, means 5: the published LoRAs were trained with it.
     denoising_step_list: timesteps above 0 and at most 1000, falling; given, it selects the step-distill sampler.
     warp_denoising_step: whether `shift` is still to be applied to that list.
-    seed: 0 to 2^32 - 1; None draws one.
+    seed: 0 to 2^64 - 1; None draws one.
+    size_rule: of image-to-video: "published" takes the picture's shape at the area height x width, rounded down as
+        Wan's code does (480x832 with a picture of 832x480 becomes 464x832); "exact" takes height and width, and cuts
+        off what of the picture sticks out.
     pin_first_frame: replace the first latent frame by the encoded image after the last step. The published pipelines
         do not: the model keeps the image by itself, up to a slight change of colour.
-    initial_noise: safetensors file with `noise` [C, F, H, W] and optionally `renoise` [steps - 1, C, F, H, W]. Block by
-        block: `noise` [blocks, frames, C, H, W] and `renoise` [blocks, steps - 1, frames, C, H, W].
+    initial_noise: float array [C, F, H, W], or a safetensors file with `noise` [C, F, H, W] and optionally `renoise`
+        [steps - 1, C, F, H, W]. Block by block a file with `noise` [blocks, frames, C, H, W] and optionally `renoise`
+        [blocks, steps - 1, frames, C, H, W].
     text_embeddings: safetensors file with `text` [L, D] and, for guidance, `negative_text`; replaces the text encoder.
     save_latents: file to write `latents` [C, F, H, W] to, as they are before the VAE; of an endless video the last.
 
@@ -102,8 +108,9 @@ class Request:
     denoising_step_list: Sequence[float] | None = None
     warp_denoising_step: bool | None = None
     seed: int | None = None
+    size_rule: str = "published"
     pin_first_frame: bool = False
-    initial_noise: File | None = None
+    initial_noise: File | np.ndarray | None = None
     text_embeddings: File | None = None
     save_latents: File | None = None
     rollout_mode: str | None = None
@@ -140,7 +147,8 @@ class Request:
         for name in fields:
             if name not in cls.field_names():
                 known = cls.field_names()
-                raise UserError(f"unknown field {name!r}; {did_you_mean(name, known, f'known are {", ".join(known)}')}")
+                advice = FIELDS.get(name) or did_you_mean(name, known, f"known are {', '.join(known)}")
+                raise UserError(f"unknown field {name!r}; {advice}")
         return cls(prompt, **fields)  # type: ignore[arg-type]  # the types of values are checked when it is resolved
 
 
@@ -159,8 +167,9 @@ class RequestFields(TypedDict, total=False):
     denoising_step_list: Sequence[float] | None
     warp_denoising_step: bool | None
     seed: int | None
+    size_rule: str
     pin_first_frame: bool
-    initial_noise: File | None
+    initial_noise: File | np.ndarray | None
     text_embeddings: File | None
     save_latents: File | None
     rollout_mode: str | None

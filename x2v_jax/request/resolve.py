@@ -6,6 +6,7 @@ or burnt video without any error.
 
 import dataclasses
 import os
+import re
 import secrets
 import warnings
 from typing import Literal
@@ -13,10 +14,9 @@ from typing import Literal
 from x2v_jax.diffusion.rollout_plan import RolloutPlan
 from x2v_jax.diffusion.schedules import Levels, step_sigmas, step_timesteps, unipc_schedule
 from x2v_jax.errors import UserError
-from x2v_jax.models.config import Schedule
+from x2v_jax.models.config import NEGATIVE_PROMPTS, Schedule
 from x2v_jax.request import causal
 from x2v_jax.request.checks import (
-    MAX_SEED,
     component_problems,
     field_problems,
     schedule_problems,
@@ -25,6 +25,11 @@ from x2v_jax.request.checks import (
 )
 from x2v_jax.request.inputs import BlockInputs, InputFiles, Inputs
 from x2v_jax.request.request import Model, Request
+
+_LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
+_LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Shorter than seeds may be: a number to read out and type.
+_DRAWN_SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,38 +139,48 @@ class ResolvedRequest:
 
 
 def resolve(
-    request: Request,
+    request: object,
     model: Model,
     *,
     files: InputFiles | None = None,
     has_loras: bool = False,
+    distilled_by: str = "",
     allow_mismatch: bool = False,
 ) -> ResolvedRequest:
     """Decides every field from the checkpoint's schedule and checks it. Files are opened later, when they are needed.
 
     Args:
+        request: a `Request`.
         model: the checkpoint.
         files: what other requests of the run have opened; None: nothing.
         has_loras: LoRAs are merged at load. They may turn the base model into a distilled one, so a
             denoising_step_list on a checkpoint that has none is then accepted.
+        distilled_by: the one of them whose name says that it distills; "" for none.
         allow_mismatch: run settings that contradict the checkpoint's schedule.
 
     Raises:
         UserError: one sentence for each problem found, all together.
     """
+    if not isinstance(request, Request):
+        raise UserError(
+            f"generate takes a Request, and {str(request)[:60]!r} is a {type(request).__name__}; write "
+            "generate(Request(prompt='a cat', seed=1)), or call the pipeline itself: pipe('a cat', seed=1)"
+        )
     schedule = model.schedule
+    if isinstance(request.negative_prompt, str) and request.negative_prompt in NEGATIVE_PROMPTS:
+        request = dataclasses.replace(request, negative_prompt=NEGATIVE_PROMPTS[request.negative_prompt])
     problems = field_problems(request) + component_problems(request, model)
     if problems:  # wrong types and missing networks would make the later checks raise errors of their own
         raise UserError(_join(problems))
     if not allow_mismatch:
         problems += schedule_problems(request, schedule, has_loras)
-    problems += task_problems(request, model)
+    problems += task_problems(request, model, allow_mismatch)
     if schedule.causal is not None:
         problems += causal.conflict_problems(request, model, schedule.causal, allow_mismatch)
     sampling = _Sampling.of(request, schedule)
     size = _or(request.height, schedule.height), _or(request.width, schedule.width)
     num_frames, fps = _or(request.num_frames, schedule.num_frames), _or(request.fps, schedule.fps)
-    seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else int(request.seed)
+    seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else int(request.seed)
     completed = dataclasses.replace(
         sampling.written_into(request, schedule),
         height=size[0],
@@ -174,7 +189,7 @@ def resolve(
         fps=fps,
         seed=seed,
     )
-    problems += size_problems(size, num_frames, model)
+    problems += size_problems(size, num_frames, model, request.size_rule)
     sigmas: tuple[float, ...] = ()
     try:
         sigmas = sampling.sigmas()
@@ -195,6 +210,7 @@ def resolve(
     if problems:
         raise UserError(_join(problems))
     _warn(request, completed)
+    _warn_of_distillation(distilled_by, completed, schedule)
     later = tuple((float(second), text) for second, text in request.prompt_schedule)
     before = (completed.negative_prompt or "",) if completed.uses_guidance else ()
     return ResolvedRequest(
@@ -288,9 +304,32 @@ def _or[T](value: T | None, default: T) -> T:
 
 def _warn(request: Request, completed: Request) -> None:
     if not request.prompt.strip() and request.text_embeddings is None:
-        warnings.warn("prompt is empty: the video will show whatever the model likes", stacklevel=3)
+        _say("prompt is empty: the video will show whatever the model likes")
+    if found := _LORA_TAG.search(request.prompt):
+        _say(
+            f"prompt holds {found.group()[:60]!r}, which is read as words; give LoRAs with --config.lora=FILE:0.8, or "
+            "in Python with loras="
+        )
     if request.negative_prompt and not completed.uses_guidance:
-        warnings.warn("negative_prompt has no effect without guidance (guidance_scale is 1)", stacklevel=3)
+        _say("negative_prompt has no effect without guidance (guidance_scale is 1)")
+
+
+def _say(text: str) -> None:
+    """A warning that points at the line of the user's which asked."""
+    warnings.warn(text, skip_file_prefixes=(_LIBRARY,))
+
+
+def _warn_of_distillation(lora: str, completed: Request, schedule: Schedule) -> None:
+    if lora and schedule.is_distilled:
+        _say(
+            f"the name of {lora} says that it distills, and the checkpoint is distilled already: twice is too much. "
+            "Leave the LoRA out, or put it on the original model"
+        )
+    elif lora and completed.denoising_step_list is None:
+        _say(
+            f"the name of {lora} says that it distills, and this video is made in {completed.num_inference_steps} "
+            "steps of the original model; give its denoising_step_list, such as 1000,750,500,250"
+        )
 
 
 def _join(problems: list[str]) -> str:

@@ -6,6 +6,7 @@ In a clone of the repository they lie beside x2v_jax; a wheel has them in this f
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import types
 
@@ -18,6 +19,10 @@ IS_INSTALLED = (_HERE / "configs").is_dir()  # from a wheel; False in a clone, w
 ROOT = _HERE if IS_INSTALLED else _HERE.parents[1]  # paths such as assets/shapes start here
 # Program -> what `python -m` runs in a clone.
 _MODULES = {"infer": "infer", "convert": "convert", "train": "train", "prepare": "train.prepare"}
+# Folders of users that look like the name of an organisation in `checkpoints/wan`.
+_OWN_FOLDERS = (
+    "assets", "checkpoint", "checkpoints", "ckpt", "ckpts", "models", "outputs", "runs", "weights", "exports",
+)  # fmt: skip
 _FOLDERS = ("assets", "configs", "docs")
 
 
@@ -78,6 +83,18 @@ def missing(path: pathlib.Path) -> str | None:
     return (
         f"{name} is left out of the installed package to keep it small; it lies in a clone of the project's "
         f"repository, so give the path of that clone's {folder}"
+    )
+
+
+def from_hub(name: str) -> str | None:
+    """What brings a model whose name on the Hugging Face hub was given in place of a folder; None for other names."""
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", name)
+    if match is None or pathlib.Path(match[1]).exists() or match[1].lower() in _OWN_FOLDERS:
+        return None
+    return (
+        f"if it is a model of the Hugging Face hub, download it with `hf download {name} --local-dir {match[2]}`; "
+        f"`{command(f'convert inspect {match[2]}')}` then says how it is converted, and the converted folder is what "
+        "to give here"
     )
 
 

@@ -322,7 +322,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> NativeCheckpoint:
         folder = folder.parent
     file = folder / MODEL_FILE
     if not folder.exists():
-        raise UserError(f"checkpoint {str(path)!r} does not exist; give the folder of a converted checkpoint")
+        advice = shipped.from_hub(os.fspath(path)) or "give the folder of a converted checkpoint"
+        raise UserError(f"checkpoint {str(path)!r} does not exist; {advice}")
     if not file.is_file():
         raise UserError(
             f"checkpoint {str(path)!r} is not a converted checkpoint (it has no {MODEL_FILE}); convert it with "

@@ -11,14 +11,9 @@ from x2v_jax.checkpoint.files.json_file import read_json
 from x2v_jax.checkpoint.native.fields import check_schedule_field
 from x2v_jax.checkpoint.published.hints import is_original
 from x2v_jax.errors import UserError, did_you_mean, is_number
-from x2v_jax.models.config import CausalSchedule, Schedule, WanConfig, is_published_size
+from x2v_jax.models.config import NEGATIVE_PROMPTS, CausalSchedule, Schedule, WanConfig, is_published_size
 
-# What Wan2.1's own scripts put against the prompt when guidance is on and the user gives nothing.
-_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
-    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
-    "杂乱的背景，三条腿，背景人很多，倒着走"
-)
+_NEGATIVE = NEGATIVE_PROMPTS["wan"]
 _HD: dict[str, Any] = {"height": 720, "width": 1280}
 
 
