@@ -97,7 +97,7 @@ def test_guided_base_models_are_recorded(tmp_path, prompts, pictures, image, eva
     assert any((one[name] < maxima[name]).any() for name in one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_videos_made_block_by_block_are_recorded(tmp_path, prompts):
     source = tiny_models.write_checkpoint(tmp_path / "source", schedule=tiny_models.CAUSAL)
     maxima, count = _heard(source, tmp_path / "c.safetensors", prompts, "--limit", 1, "--num-frames", 21)
@@ -108,7 +108,7 @@ def test_videos_made_block_by_block_are_recorded(tmp_path, prompts):
     assert frames.shape == (21, 32, 48, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_offloaded_blocks_say_the_same_and_smoothed_ones_run(tmp_path, prompts):
     source = tiny_models.write_checkpoint(tmp_path / "source", schedule=tiny_models.DISTILLED)
     here, _ = _heard(source, tmp_path / "a.safetensors", prompts, "--limit", 1)

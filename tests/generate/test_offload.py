@@ -13,7 +13,9 @@ from x2v_jax.request import Request
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distilled", "base", "causal", "image"])
+@pytest.mark.parametrize(
+    "kind", ["base", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("distilled", "causal", "image"))]
+)
 def test_blocks_in_the_hosts_memory_give_the_same_video(kind: str, tmp_path: pathlib.Path):
     schedules = {"base": tiny_models.BASE, "causal": tiny_models.CAUSAL}
     schedule = schedules.get(kind, tiny_models.DISTILLED)

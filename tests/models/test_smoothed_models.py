@@ -93,7 +93,10 @@ def case(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [tiny_models.T2V, tiny_models.I2V], ids=["t2v", "i2v"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(tiny_models.T2V, id="t2v"), pytest.param(tiny_models.I2V, id="i2v", marks=pytest.mark.long)],
+)
 def test_without_rounding_the_result_is_the_same(case, config):
     """Whether frames share a timestep or have their own, whatever gradients keep, wherever weights lie."""
     flat, even = case(config)

@@ -122,7 +122,7 @@ def test_self_forcing_teaches_a_causal_student_from_bidirectional_weights(tmp_pa
     assert after["found"] > before["found"] + 0.4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_causvid_teaches_a_causal_student_from_real_videos(tmp_path: pathlib.Path):
     config = small(shapes_causvid.get_config(), tmp_path, steps=25)
     task = CausVidTask(config)
@@ -189,7 +189,7 @@ def continuing(pairs: ConfigDict, run_dir: pathlib.Path, **settings: Any) -> Dmd
     return DmdTask(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_of_own_videos_is_each_gone_on_from_under_prompts_in_turn(pairs: ConfigDict, tmp_path: pathlib.Path):
     task = continuing(pairs, tmp_path, own_share=1.0)
     weights, key = task.init(jax.random.key(0))["generator"], jax.random.key(1)

@@ -103,7 +103,7 @@ def causal_rollout(graph: Any, window: int | None = None) -> BlockByBlock:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [0, 2])
+@pytest.mark.parametrize("given", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_blocks_are_those_of_inference(batch: Batch, given: int):
     graph, params = model_params()
     plan = RolloutPlan(SIGMAS, block=2, window=4, mode="sliding")

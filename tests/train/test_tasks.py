@@ -72,7 +72,7 @@ def test_the_vae_learns_to_reconstruct(trained_vae: pathlib.Path):
     assert min(values[-3:]) < 0.75 * values[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_vae_leaves_pictures_and_its_latents_are_normalised(trained_vae: pathlib.Path):
     assert list((trained_vae / "samples").glob("*.png"))
     checkpoint = open_checkpoint(trained_vae / "export")
@@ -91,13 +91,13 @@ def test_a_new_vae_treats_frames_as_images():
     assert not params["time_conv"]["kernel"][:2].any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flow_matching_learns(trained_base: pathlib.Path):
     values = losses(trained_base)
     assert values[-1] < 0.8 * values[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trained_vae: pathlib.Path):
     config = base_config(trained_base, trained_vae)
     first = FlowMatchingTask(config).init(jax.random.key(0))["model"]
@@ -112,21 +112,21 @@ def test_training_goes_on_from_exported_weights(trained_base: pathlib.Path, trai
         FlowMatchingTask(config).init(jax.random.key(0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_latents_are_made_once(trained_base: pathlib.Path):
     with np.load(trained_base / "latents.npz") as stored:
         assert stored["latents"].shape == (16, 9, 8, 8, 16)
         assert 0.5 < stored["latents"].std() < 2.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_export_runs_in_the_pipeline(trained_base: pathlib.Path):
     pipe = Pipeline.from_checkpoint(trained_base / "export")
     frames = pipe("a red circle moves left", num_inference_steps=2, num_frames=5)
     assert frames.shape == (5, 64, 64, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_line_trains_resumes_and_exports(
     tmp_path: pathlib.Path, trained_vae: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
