@@ -18,7 +18,8 @@ OF_THE_USERS_OWN = {
     "x2v_jax/config/flags.py": "a type of a key: int, str",
     "x2v_jax/config/load.py": "what a config file returns or raises",
     "x2v_jax/media/image.py": "what is given as an image",
-    "x2v_jax/request/calls.py": "what is given as a generator",
+    "x2v_jax/request/calls.py": "what is given as a generator or as latents",
+    "x2v_jax/request/resolve.py": "what is given for a Request",
 }
 
 
