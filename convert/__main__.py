@@ -2,6 +2,7 @@
 
 import sys
 
+from x2v_jax.cli import streams
 from x2v_jax.cli.interrupts import exit_on_sigterm
 from x2v_jax.errors import UserError
 
@@ -48,4 +49,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(streams.run(main))

@@ -27,4 +27,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from x2v_jax.cli import streams
+
+    sys.exit(streams.run(main, sys.argv[1:]))

@@ -2,7 +2,9 @@
 
 import sys
 
+from x2v_jax.cli import streams
+
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(streams.run(main, sys.argv[1:]))

@@ -54,7 +54,12 @@ def load(name: str, module: str) -> types.ModuleType:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `x2v ARGUMENTS…` (sys.argv's without any) and returns the exit code: the program's, or 2 for a mistake."""
-    given = sys.argv[1:] if arguments is None else arguments
+    from x2v_jax.cli import streams
+
+    return streams.run(_main, sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(given: Sequence[str]) -> int:
     name, *rest = given or ["--help"]
     try:
         if name in ("-h", "--help", "help"):
