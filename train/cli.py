@@ -18,6 +18,16 @@ OPTIONS = {
     "export": Option("write the averaged weights of the newest checkpoint as a native checkpoint, and end", "DIR"),
     "dry_run": Option("print the resolved config, parameter counts and memory of a distillation, and end"),
 }
+# Keys that configs leave out: --config.lora.rank=64 makes a LoRA of a training of all weights.
+OPTIONAL_KEYS = {
+    "lora.rank": int,
+    "lora.alpha": float,
+    "lora.targets": tuple,
+    "causal.block": int,
+    "causal.context_timestep": float,
+    "causal.mode": str,
+    "dmd.guidance_scale": float,
+}
 _STOPPED = 3
 _CHECKPOINTS = ("teacher", "student", "init_from", "vae")  # keys that name one
 _TASKS = {
@@ -34,7 +44,7 @@ _MAKE_DATA = ("ode_pairs",)  # they write config.output and train nothing
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 a user's mistake, 3 stopped and saved."""
     try:
-        command = parse(argv, default_config=DEFAULT_CONFIG, options=OPTIONS)
+        command = parse(argv, default_config=DEFAULT_CONFIG, options=OPTIONS, optional=OPTIONAL_KEYS)
     except HelpAsked:
         print(help_text(_USAGE, OPTIONS, ()))
         return 0

@@ -13,7 +13,12 @@ _SHORT = "import sys\nfrom x2v_jax.cli import streams\nsys.exit(streams.run(lamb
 
 def ended(code: str, stdout: object, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment or None
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment or None,
     )
     return done.returncode, done.stderr
 

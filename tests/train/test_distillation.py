@@ -240,6 +240,8 @@ def test_trajectories_of_other_levels_are_refused(pairs: ConfigDict, tmp_path: p
 
 def test_guidance_in_self_forcings_form_is_one_more_here():
     assert dmd_settings({"guidance_scale": 5.0}).real_guidance_scale == 6
+    ours = dmd_settings({"guidance_scale": 5.0, "real_guidance_scale": 2.0, "fake_guidance_scale": 1.0})
+    assert (ours.real_guidance_scale, ours.fake_guidance_scale) == (6, 1)
     with pytest.raises(TypeError):
         dmd_settings({"guidance": 5.0})
 

@@ -208,9 +208,14 @@ def _from_video(gradient: jax.Array, batch: Batch) -> jax.Array:
 
 
 def dmd_settings(config: Any) -> dmd.DmdSettings:
-    """From a config's `dmd`. `guidance_scale` is Self-Forcing's form, cond + g (cond - uncond): 5 where ours is 6."""
+    """From a config's `dmd`. `guidance_scale` is Self-Forcing's form, cond + g (cond - uncond): 5 where ours is 6.
+
+    Beside `real_guidance_scale`, which it then replaces, it was given to a config that is in our form otherwise.
+    """
     values = {name: value for name, value in config.items() if value is not None}
     if "guidance_scale" in values:
+        if "real_guidance_scale" in values:
+            return dmd.DmdSettings(**values | {"real_guidance_scale": values.pop("guidance_scale") + 1})
         return dmd.DmdSettings.from_self_forcing(**values)
     return dmd.DmdSettings(**values)
 

@@ -1,6 +1,7 @@
 """Standard output as programs find it: a pipe that is closed early, a full disk, a terminal without UTF-8."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ def run(main: Callable[..., int], *arguments: object) -> int:
     sentence and 2. What the terminal's encoding does not have is printed as "?".
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # tests put other things there
+        if isinstance(stream, io.TextIOWrapper):  # tests put other things there
             stream.reconfigure(errors="replace")
     try:
         try:

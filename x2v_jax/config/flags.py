@@ -7,7 +7,7 @@ known key. Nothing in this file imports jax.
 import ast
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from ml_collections import config_dict
@@ -72,6 +72,7 @@ def parse(
     default_config: str,
     options: Mapping[str, Option],
     other_names: Mapping[str, str] | None = None,
+    optional: Mapping[str, type] | None = None,
 ) -> CommandLine:
     """Reads a command line.
 
@@ -80,6 +81,7 @@ def parse(
         default_config: the config file without --config.
         options: name (without dashes) -> Option.
         other_names: what similar programs call an option -> what to write here; for error messages.
+        optional: keys of groups that a config may leave out, with the dots in their names -> their types.
 
     Raises:
         UserError: an unknown option or key, a value of the wrong type, a config file that does not load.
@@ -89,6 +91,7 @@ def parse(
     rest = list(argv)
     while rest:
         name, has_value, text = rest.pop(0).partition("=")
+        name = _own_spelling(name, options)
         if name in ("-h", "--help"):
             raise HelpAsked
         takes_value = name.startswith("--config") or (name[2:] in options and options[name[2:]].value is not None)
@@ -110,8 +113,9 @@ def parse(
     config = load_config(file) if file else load_config(default_config, typed=False)
     overrides = {}
     for name, text in texts.items():
-        if name.split(".")[0] not in config:
+        if name.split(".")[0] not in config and name.replace(".", "_") in config:
             name = name.replace(".", "_")  # keys that belong together may be written as of a group: rollout.mode
+        _make_room(config, name, optional or {})
         overrides[name] = parse_value(config, name, text)
         set_key(config, name, overrides[name])
     return CommandLine(config, file, overrides, found, is_shipped=file is None or is_shipped(file))
@@ -190,6 +194,12 @@ def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collection
     *groups, last = name.split(".")
     holder: Any = config
     for i, part in enumerate([*groups, last]):
+        if entries := _entries(holder):
+            if i == len(groups) or not part.isdecimal() or int(part) >= len(entries):
+                key, last_number = f"config.{'.'.join(groups[:i])}", len(entries) - 1
+                raise UserError(f"{key} has the entries 0 to {last_number}; write --{key}.0.KEY=VALUE")
+            holder = entries[int(part)]
+            continue
         if not isinstance(holder, ml_collections.ConfigDict) or part not in holder:
             known = holder.keys() if isinstance(holder, ml_collections.ConfigDict) else []
             if not known:
@@ -199,6 +209,32 @@ def _holder(config: ml_collections.ConfigDict, name: str) -> tuple[ml_collection
         if i < len(groups):
             holder = holder[part]
     return holder, last
+
+
+def _own_spelling(name: str, options: Mapping[str, Option]) -> str:
+    """--dry-run is --dry_run: other programs write the one, and keys the other."""
+    underscored = name[2:].replace("-", "_")
+    return f"--{underscored}" if name.startswith("--") and underscored in options else name
+
+
+def _entries(value: object) -> tuple[ml_collections.ConfigDict, ...]:
+    """The groups that a key holds one after the other, as phases does; none where it holds anything else."""
+    found = cast("tuple[object, ...]", value) if isinstance(value, tuple) else ()
+    groups = tuple(entry for entry in found if isinstance(entry, ml_collections.ConfigDict))
+    return groups if len(groups) == len(found) else ()
+
+
+def _make_room(config: ml_collections.ConfigDict, name: str, optional: Mapping[str, type]) -> None:
+    """Puts an optional key into its group, as one that may be None, if it is not there."""
+    group, _, key = name.rpartition(".")
+    known = [of.removeprefix(f"{group}.") for of in optional if group and of.startswith(f"{group}.")]
+    holder: Any = config.get(group) if known else None
+    if not isinstance(holder, ml_collections.ConfigDict) or key in holder:
+        return
+    if key not in known:
+        raise UserError(f"config has no key {name!r}; {nearest(key, {*known, *holder.keys()})}")
+    with holder.unlocked():
+        holder[key] = config_dict.placeholder(optional[name])
 
 
 def _parse_tuple(text: str) -> tuple[Any, ...]:
