@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         command = parse(argv, default_config=DEFAULT_CONFIG, options=OPTIONS, optional=OPTIONAL_KEYS)
     except HelpAsked:
-        print(help_text(_USAGE, OPTIONS, ()))
+        from .keys import help_lines
+
+        print(help_text(_USAGE, OPTIONS, ()), help_lines(), sep="\n\n")
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
