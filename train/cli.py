@@ -8,6 +8,7 @@ from typing import Any
 
 from x2v_jax import shipped
 from x2v_jax.config.flags import CommandLine, HelpAsked, Option, help_text, parse
+from x2v_jax.config.load import load_config
 from x2v_jax.errors import UserError
 
 DEFAULT_CONFIG = "configs/shapes/base.py"
@@ -38,6 +39,7 @@ _TASKS = {
     "ode_pairs": ("ode", "OdePairs"),
     "ode_regression": ("ode", "OdeRegressionTask"),
 }
+_NEEDED = ("teacher", "vae")
 _MAKE_DATA = ("ode_pairs",)  # they write config.output and train nothing
 
 
@@ -55,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from .loop import Stopped, load_ema, train
 
-    _find_checkpoints(command)
     try:
+        _find_checkpoints(command)
         task = make_task(command.config)
         if command.options.get("dry_run"):
             print(_dry_run(command.config, task))
@@ -89,6 +91,22 @@ def _find_checkpoints(command: CommandLine) -> None:
     for name in _CHECKPOINTS:
         if isinstance(config.get(name), str):
             config[name] = shipped.locate(config[name], typed=command.is_typed(name))
+            _check_there(name, config[name])
+
+
+def _check_there(name: str, path: str) -> None:
+    """Says which key names a checkpoint that is not there, and which training makes it."""
+    if not path and name in _NEEDED:
+        raise UserError(f"config.{name} is empty; give --config.{name}=FOLDER, a converted checkpoint")
+    if not path or pathlib.Path(path).exists():
+        return
+    configs = shipped.ROOT / "configs"
+    for file in sorted([*configs.glob("shapes/*.py"), *configs.glob("train/*.py")]):
+        recipe = f"configs/{file.parent.name}/{file.name}"
+        if file.stem != "__init__" and f"{load_config(recipe, typed=False).get('run_dir')}/export" == path:
+            how = f"`{shipped.command('train')} --config={recipe}` makes it"
+            raise UserError(f"config.{name} is {path!r}, which does not exist; {how}, or give --config.{name}=FOLDER")
+    # Somebody's own name: what opens it says what is wrong.
 
 
 def _dry_run(config: Any, task: Any) -> str:

@@ -36,3 +36,22 @@ def test_help_lists_them_with_their_defaults(capsys: pytest.CaptureFixture[str])
     assert all(f"\n  {name} " in said for name in MEANINGS)
     assert re.search(r"ema_decay +of the averaged weights.* \[0\.995\]", said)
     assert re.search(r"dmd\.real_guidance_scale .* \[6\.0\]", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--config=configs/train/wan_t2v_dmd.py", "--dry-run"],
+            "config.teacher is empty; give --config.teacher=FOLDER",
+        ),
+        ([], "--config=configs/shapes/vae.py` makes it, or give --config.vae=FOLDER"),
+        (["--config.vae="], "config.vae is empty"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_named_by_its_key(
+    arguments: list[str], sentence: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
