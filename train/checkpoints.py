@@ -1,11 +1,10 @@
 """Training checkpoints: asynchronous, complete or absent, restored exactly (Orbax). And how exports name each other."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -95,27 +94,6 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {place} ({str(error)[:300]}); free some space there and run the "
                 f"same command again, which goes on from {start}"
             ) from error
-
-
-def claim_directory(directory: pathlib.Path, config: Mapping[str, Any], *, resume_any: bool) -> None:
-    """Marks a run directory with its config, or checks that it is the same run's.
-
-    Raises:
-        UserError: the directory holds a run of another config.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    marker = directory / "config.json"
-    ours = json.loads(json.dumps(dict(config)))
-    if marker.exists() and not resume_any:
-        theirs = json.loads(marker.read_text())
-        changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        if changed:
-            shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {ours.get(k)!r}" for k in changed[:3])
-            raise UserError(
-                f"run_dir {directory} holds a run of another config ({shown}); "
-                "choose another --config.run_dir, or pass --config.resume_any=True"
-            )
-    marker.write_text(json.dumps(ours, indent=1, sort_keys=True))
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:

@@ -1,27 +1,27 @@
 """The training loop: phases, checkpoints, logs, evaluation, signals. What is learnt is a `Task`'s business."""
 
 import contextlib
-import json
+import itertools
 import pathlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from x2v_jax import shipped
 from x2v_jax.cli.interrupts import StopFlag
 from x2v_jax.errors import UserError
 from x2v_jax.memory.device import peak_bytes
 from x2v_jax.models.functional import Params, parameter_count
 from x2v_jax.parallel import Mesh, place_batch, place_tree, tree_shardings
 
-from .checkpoints import Checkpoints, claim_directory
+from .checkpoints import Checkpoints
 from .data.order import read_ahead
 from .logs import Log
+from .run_directory import RunDirectory
 from .state import Averaging, TrainState, init_state, learning_rate_schedule, make_optimizer, make_update
 
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -135,8 +135,8 @@ class _Run:
         self.mesh = Mesh.of(config.devices or None)
         for phase in config.phases:
             self.mesh.check_batch(phase.batch_size, config.accumulate)
-        self.directory = pathlib.Path(config.run_dir)
-        claim_directory(self.directory, _recorded(config), resume_any=config.resume_any)
+        self.held = RunDirectory(config)
+        self.directory = self.held.path
         self.checkpoints = Checkpoints(self.directory)
         self.log = Log(self.directory)
         self.stop = StopFlag()
@@ -150,6 +150,7 @@ class _Run:
             self.checkpoints.wait()
         finally:
             self.checkpoints.close()
+            self.held.release()
 
     def all_phases(self) -> TrainState:
         state = self._first_state()
@@ -175,7 +176,22 @@ class _Run:
             return state
         self.checkpoints.set_aside_after(int(restored.step))
         print(f"resumed at step {int(restored.step)}")
+        for line in self._changed_rates(int(restored.step)):
+            print(line)
         return restored
+
+    def _changed_rates(self, step: int) -> Iterator[str]:
+        """For an extended run, where the learning rate goes on from another value than it had come to."""
+        for begin, old, new in zip(_begins(self.held.before), self.held.before, self.config.phases, strict=False):
+            if not begin < step <= begin + old["steps"] or old["steps"] == new.steps:
+                continue
+            longer = new.to_dict()
+            shorter = {**longer, "steps": old["steps"]}
+            for role in self.task.roles:
+                count = (step - begin) // longer.get(role, {}).get("every", longer.get("every", 1))
+                was, is_now = (float(_rate(phase, role)(count)) for phase in (shorter, longer))
+                if was != is_now:
+                    yield f"{role}: the learning rate had come to {was:.3g}; in the longer phase it is {is_now:.3g}"
 
     def _start_phase(self, state: TrainState, phase: Any) -> TrainState:
         # A phase starts its optimizers afresh: moments of the phase before do not fit weights that come alive.
@@ -275,18 +291,20 @@ def _mean(values: list[Any]) -> float:
 def optimizer_of(config: Any, role: str, phase: Any) -> Any:
     """A role's optimizer in a phase. The phase's entry of the role's name replaces its other settings."""
     # The schedule counts from the start of the phase: the optimizer's own step count is reset there.
-    settings = {**phase.to_dict(), **phase.to_dict().get(role, {})}
+    rate = _rate(phase.to_dict(), role)
+    return make_optimizer(config.optimizer, rate, clip_norm=config.clip_norm, **config.get("adam", {}))
+
+
+def _rate(phase: dict[str, Any], role: str) -> Any:
+    """A role's learning rate by the count of its updates in the phase."""
+    settings = {**phase, **phase.get(role, {})}
     # A role that learns in every n-th step goes through its schedule in a n-th of the steps.
-    steps = max(1, phase.steps // settings.get("every", 1))
-    schedule = learning_rate_schedule(
+    steps = max(1, phase["steps"] // settings.get("every", 1))
+    return learning_rate_schedule(
         settings["learning_rate"], steps, settings["warmup"], settings["decay_share"], settings["final_scale"]
     )
-    return make_optimizer(config.optimizer, schedule, clip_norm=config.clip_norm, **config.get("adam", {}))
 
 
-def _recorded(config: Any) -> dict[str, Any]:
-    values = json.loads(config.to_json_best_effort())
-    # Where and how often to write, and how early to read, does not make it another run.
-    for name in ("run_dir", "resume_any", "read_ahead", "log_every", "eval_every", "save_every"):
-        values.pop(name)
-    return {name: shipped.recorded(value) if isinstance(value, str) else value for name, value in values.items()}
+def _begins(phases: list[Any]) -> list[int]:
+    """The step that each begins at."""
+    return [0, *itertools.accumulate(phase["steps"] for phase in phases)][:-1]
