@@ -113,7 +113,8 @@ def parse(
     config = load_config(file) if file else load_config(default_config, typed=False)
     overrides = {}
     for name, text in texts.items():
-        if name.split(".")[0] not in config and name.replace(".", "_") in config:
+        group = name.split(".")[0]
+        if group not in config and any(key.startswith(f"{group}_") for key in config):
             name = name.replace(".", "_")  # keys that belong together may be written as of a group: rollout.mode
         _make_room(config, name, optional or {})
         overrides[name] = parse_value(config, name, text)
